@@ -1,0 +1,1 @@
+"""Shardwright: choose, run and trust a parallel layout for training transformers with DeepSpeed."""

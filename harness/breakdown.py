@@ -1,0 +1,228 @@
+"""Where the time of a finished or killed run went, from the span files of its ranks.
+
+Called by rank 0 for result.json, and as a program for the pictures and the trace:
+
+    python -m harness.breakdown ATTEMPT_DIR
+
+It reads what is there: a rank that was killed leaves a file that is cut off, and then the steps that all ranks
+have whole are used, and what is lost is said.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from harness.config import REPOSITORY, RunConfig
+from harness.plan.explain import BubbleExplanation, explain
+from harness.plan.schedule import Schedule, build_schedule
+from harness.record.store import Attempt, read_jsonl, write_json
+from harness.timeline import (
+    PARTS,
+    Accounting,
+    Bubble,
+    SpanFile,
+    account,
+    aligned,
+    as_dict,
+    chrome_trace,
+    read_spans,
+)
+from harness.topology import Topology
+
+WAITING_KINDS = ("reduce_tied_gradients", "optimizer", "reduce_loss")
+"""Instructions in which all stages meet: tied gradients, the norm of the whole gradient, the loss."""
+TOLERANCE = 0.01
+"""Share of a step that its parts may miss."""
+MOST_STEPS = 10
+"""As many timed steps, evenly spread, are looked into: this happens while the user waits for the result."""
+PICTURES_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RunSpans:
+    """Spans of all ranks on one clock."""
+
+    config: RunConfig
+    files: list[SpanFile]
+    """By rank."""
+    timed_steps: list[int]
+    """Steps after warm-up that every rank has whole."""
+    losses: list[str]
+    """What is missing, a sentence for each rank that lacks something."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the ranks executed."""
+        return build_schedule(self.config.parallel.schedule, self.config.parallel.pp, self.config.num_micro_batches)
+
+    def lines(self) -> list[list[SpanFile]]:
+        """The files of ranks that pass micro-batches to each other, by stage, for each replica and tp rank."""
+        p = self.config.parallel
+        topology = Topology(pp=p.pp, dp=p.dp, tp=p.tp)
+        return [
+            [self.files[topology.rank(pp, dp, tp)] for pp in range(p.pp)] for dp in range(p.dp) for tp in range(p.tp)
+        ]
+
+
+def read_run(attempt: Attempt, config: RunConfig) -> RunSpans:
+    """Read what the ranks of an attempt have left; ranks without a readable file have no spans."""
+    files, losses = [], []
+    for rank in range(config.parallel.world_size):
+        try:
+            file = aligned(read_spans(attempt.spans_file(rank)))
+        except (OSError, ValueError):
+            file = SpanFile({}, [])
+            losses.append(f"rank {rank} left no readable spans")
+        else:
+            if not file.complete:
+                end = f"in or after step {file.spans[-1].step}" if file.spans else "before the first step"
+                losses.append(f"the spans of rank {rank} are cut off {end}")
+        files.append(file)
+    timed = [int(line["step"]) for line in read_jsonl(attempt.metrics_file)][config.train.warmup_steps :]
+    # The span of a step is written after all others of it.
+    whole = set(timed).intersection(*(file.step_seconds() for file in files))
+    return RunSpans(config, files, sorted(whole), losses)
+
+
+def breakdown(run: RunSpans) -> dict[str, Any]:
+    """`accounting` and `bubble` of result.json: means over timed steps, replicas and tensor-parallel ranks.
+
+    Both are None when no timed step was kept.
+    """
+    steps = _spread(run.timed_steps, MOST_STEPS)
+    accounts: list[list[Accounting]] = [[] for _ in range(run.config.parallel.pp)]
+    explanations: list[BubbleExplanation] = []
+    schedule = run.schedule
+    order = schedule.order()
+    for line in run.lines():
+        seconds = [file.step_seconds() for file in line]
+        for step in steps:
+            stages = [file.instructions(step) for file in line]
+            whole = [of_step[step] for of_step in seconds]
+            for stage, accounting in enumerate(account(stages, order, whole, WAITING_KINDS)):
+                accounts[stage].append(accounting)
+            explanations.append(explain(stages, schedule))
+    return {
+        "accounting": [_mean_accounting(stage, of_stage) for stage, of_stage in enumerate(accounts)] if steps else None,
+        "bubble": _mean_explanation(explanations) if steps else None,
+        "lost": run.losses,
+    }
+
+
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the values, evenly spread."""
+    return [values[i * len(values) // count] for i in range(count)] if len(values) > count else list(values)
+
+
+def _mean_accounting(stage: int, accounts: Sequence[Accounting]) -> dict[str, Any]:
+    step_seconds, residual = fmean(a.step_seconds for a in accounts), fmean(a.residual_seconds for a in accounts)
+    missing = sum(a.num_missing for a in accounts)
+    return {
+        "stage": stage,
+        "step_seconds": step_seconds,
+        "seconds": {part: fmean(a.seconds[part] for a in accounts) for part in PARTS},
+        "residual_seconds": residual,
+        "largest_residual_percent": max(100 * abs(a.residual_seconds) / a.step_seconds for a in accounts),
+        "num_missing": missing,
+        "closes": missing == 0 and abs(residual) <= TOLERANCE * step_seconds,
+    }
+
+
+def _mean_explanation(explanations: Sequence[BubbleExplanation]) -> dict[str, Any]:
+    def mean(bubbles: Sequence[Bubble]) -> dict[str, float]:
+        return {key: fmean(as_dict(bubble)[key] for bubble in bubbles) for key in as_dict(bubbles[0])}
+
+    def mean_of_causes(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {cause: fmean(table[cause] for table in tables) for cause in tables[0]}
+
+    return {
+        "ideal": mean([e.ideal for e in explanations]),
+        "simulated": mean([e.simulated for e in explanations]),
+        "measured": mean([e.measured for e in explanations]),
+        "causes_seconds": mean_of_causes([e.causes_seconds for e in explanations]),
+        "causes_percent": mean_of_causes([e.causes_percent for e in explanations]),
+    }
+
+
+def write_pictures(attempt: Attempt) -> list[str]:
+    """Write accounting.png and timeline.png, and trace.json if `tracking.trace_steps` asks for it.
+
+    Returns:
+        What is missing, in sentences.
+    """
+    from harness.record.plots import accounting_picture, timeline_picture
+
+    config = attempt.config()
+    run = read_run(attempt, config)
+    losses = list(run.losses)
+    if run.timed_steps:
+        title = f"{config.model.name}  {config.slug}  m={config.num_micro_batches}"
+        accounting_picture(breakdown(run)["accounting"], attempt.path / "accounting.png", title)
+        step = _typical_step(run)
+        shown = {rank: file.instructions(step) for rank, file in enumerate(run.files) if file.header["dp"] == 0}
+        timeline_picture(shown, attempt.path / "timeline.png", f"{title}  step {step}")
+    there = set[int]().union(*({span.step for span in file.spans} for file in run.files))
+    steps = there.intersection(config.tracking.trace_steps)
+    losses += [f"step {step} left no spans" for step in sorted(set(config.tracking.trace_steps) - there)]
+    if steps:
+        write_json(attempt.path / "trace.json", chrome_trace([file for file in run.files if file.header], steps))
+    return losses
+
+
+def _typical_step(run: RunSpans) -> int:
+    """The timed step of median duration."""
+    seconds = run.files[0].step_seconds()
+    return sorted(run.timed_steps, key=seconds.__getitem__)[len(run.timed_steps) // 2]
+
+
+def start_pictures(attempt: Attempt) -> subprocess.Popen[bytes] | None:
+    """`write_pictures` in a child process that leaves the processor to others.
+
+    None when there is nothing to draw or it can't start.
+    """
+    if not attempt.spans_file(0).exists():
+        return None
+    command = [sys.executable, "-m", "harness.breakdown", str(attempt.path.resolve())]
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        logging.getLogger(__name__).warning("pictures are not drawn: %s", error)
+        return None
+
+
+def finish_pictures(children: Sequence[subprocess.Popen[bytes] | None], timeout: float = PICTURES_SECONDS) -> None:
+    """Wait for children of `start_pictures`, and end those that are late."""
+    for child in filter(None, children):
+        try:
+            child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw the pictures of attempts and print what they lack; the exit status."""
+    os.nice(19)
+    for path in arguments:
+        for loss in write_pictures(Attempt(Path(path))):
+            print(f"{path}: {loss}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,309 @@
+"""Tokens of the training text, prepared once by the parent process, and which of them a sample holds.
+
+Text is tokenized into a cache that ranks map into memory: `$XDG_CACHE_HOME/shardwright/tokens/KEY.npy`, with
+`KEY.json` beside it. KEY is a hash of the text and the tokenizer, so a moved file finds its tokens, a changed
+one is tokenized again, and an entry whose tokens don't match their recorded hash is made anew.
+
+A sample is a pure function of (seed, step, number in the global batch): no layout, micro-batch size or number
+of ranks changes what is trained on.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.config import Data
+from harness.errors import ConfigError
+from harness.machine import cache_folder
+
+PIECE_CHARACTERS = 1 << 20
+"""Longer documents are tokenized in pieces: a tokenizer needs a hundred bytes of memory per character."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Prepared tokens: what ranks need to draw samples, and what a record needs to name the data."""
+
+    path: Path | None
+    """Token file for `load_tokens`; None: random tokens."""
+    num_tokens: int
+    """0 for random tokens."""
+    dtype: str
+    """Of the token file."""
+    fingerprint: str
+    """Hash of the tokens, whatever file they came from."""
+    description: str
+    """Source, hash of the text and tokenizer."""
+
+    def ranges(self, sequence_length: int) -> tuple[range, range]:
+        """Positions of the training tokens, and of the held-out ones at the end.
+
+        The held-out part is 5 % of the tokens and at least one sample; it is empty when that would leave no
+        sample to train on.
+        """
+        held_out = max(self.num_tokens // 20, sequence_length + 1)
+        if self.num_tokens - held_out <= sequence_length:
+            held_out = 0
+        boundary = self.num_tokens - held_out
+        return range(boundary), range(boundary, self.num_tokens)
+
+
+def prepare_corpus(data: Data, vocab_size: int, sequence_length: int) -> Corpus:
+    """Tokens of `data`, from the cache when it has them.
+
+    Raises:
+        ConfigError: no such text or tokenizer, too small a vocabulary, too short a text, no room for the cache.
+    """
+    if data.kind == "synthetic":
+        digest = hashlib.sha256(f"synthetic {vocab_size}".encode()).hexdigest()
+        return Corpus(None, 0, "int64", digest, f"random tokens below {vocab_size}")
+    text = _hub_text(data) if data.kind == "hub" else _local_text(data.path)
+    content = hashlib.sha256()
+    for document in text.documents():
+        content.update(f"{len(document)} {document}".encode())
+    path, entry = _tokenize_once(text, content.hexdigest(), data.tokenizer, vocab_size)
+    if entry["num_tokens"] <= sequence_length:
+        raise ConfigError(
+            f"{text.source} has {entry['num_tokens']} tokens, fewer than the {sequence_length + 1} of one sample at "
+            f"train.sequence_length={sequence_length}; give a longer text or shorten train.sequence_length"
+        )
+    description = f"{text.source}, sha256 {content.hexdigest()}, tokenizer {data.tokenizer}"
+    return Corpus(path, entry["num_tokens"], entry["dtype"], entry["sha256"], description)
+
+
+def load_tokens(path: Path) -> npt.NDArray[Any]:
+    """Map a token file into memory: `[num_tokens]` of uint16 or uint32, read-only."""
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def sample(
+    tokens: npt.NDArray[Any] | None, seed: int, step: int, number: int, sequence_length: int, vocab_size: int
+) -> npt.NDArray[np.int64]:
+    """Inputs and, one position later, labels of one sample.
+
+    Args:
+        tokens: the part of a token file to draw from; None: random tokens.
+        number: of the sample in the global batch.
+
+    Returns:
+        `[sequence_length + 1]`.
+    """
+    if tokens is None:
+        return (_draw(seed, step, number, sequence_length + 1) % vocab_size).astype(np.int64)
+    start = sample_start(seed, step, number, len(tokens) - sequence_length)
+    return tokens[start : start + sequence_length + 1].astype(np.int64)
+
+
+def sample_start(seed: int, step: int, number: int, num_positions: int) -> int:
+    """Position of a sample, uniform over `num_positions`."""
+    return int(_draw(seed, step, number, 1)[0] % num_positions)
+
+
+def _draw(seed: int, step: int, number: int, count: int) -> npt.NDArray[np.uint64]:
+    """`[count]` random numbers of 64 bits: a hash, so that no generator's state or version matters."""
+    key = f"{seed},{step},{number}".encode()
+    return np.frombuffer(hashlib.shake_128(key).digest(8 * count), dtype="<u8")
+
+
+class _Text(NamedTuple):
+    """Documents, read anew at each call, and how to name them."""
+
+    source: str
+    documents: Callable[[], Iterable[str]]
+
+
+def _local_text(path: str | None) -> _Text:
+    """The text of a file, the files below a folder or those of a glob; by default CPython's documentation."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        documents = [topics[key] for key in sorted(topics)]
+        return _Text(f"pydoc_data.topics of CPython {platform.python_version()}", lambda: documents)
+    files = _files(path)
+    return _Text(f"data.path={path!r}", lambda: map(_read_text, files))
+
+
+def _files(path: str) -> list[Path]:
+    place = Path(path).expanduser()
+    if not path:
+        raise ConfigError("data.path='' is empty; give a file, a folder or a glob, or null for the default text")
+    if place.is_dir():  # without hidden files: .git, .DS_Store
+        below = [file for file in place.rglob("*") if file.is_file()]
+        files = [f for f in below if not any(part.startswith(".") for part in f.relative_to(place).parts)]
+    elif place.exists():
+        files = [place]
+    elif glob.has_magic(path):
+        matches = map(Path, glob.glob(str(place), recursive=True))  # noqa: PTH207 (Path.glob takes relative patterns)
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise ConfigError(f"data.path={path!r} matches no file; correct the pattern")
+    else:
+        raise ConfigError(f"data.path={path!r} does not exist; give a file, a folder or a glob of text files")
+    return sorted(files)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} can't be read ({error.strerror}); remove it from data.path or mend it") from None
+
+
+def _read_text(file: Path) -> str:
+    content = _read(file)
+    try:
+        if b"\0" not in content:
+            return content.decode()
+    except UnicodeDecodeError:
+        pass
+    raise ConfigError(f"{file} is not UTF-8 text, it begins with {content[:16]!r}; remove it from data.path")
+
+
+def _hub_text(data: Data) -> _Text:
+    """A column of a dataset on the Hugging Face Hub."""
+    if not data.path:
+        raise ConfigError(
+            "data.kind=hub needs data.path, the name of a dataset, such as data.path=roneneldan/TinyStories"
+        )
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise ConfigError("data.kind=hub needs a package that is not installed; run `pip install datasets`") from None
+    try:
+        column = datasets.load_dataset(data.path, split=data.hub_split)[data.hub_column]
+    except Exception as error:  # anything: network, names, formats
+        raise ConfigError(
+            f"data.path={data.path!r} with data.hub_split={data.hub_split!r} and data.hub_column={data.hub_column!r} "
+            f"can't be loaded ({_first_line(error)}); correct them, or use data.kind=text"
+        ) from error
+    return _Text(f"{data.path} ({data.hub_split}, {data.hub_column})", lambda: map(str, column))
+
+
+class _Tokenizer(NamedTuple):
+    num_ids: int
+    separator: list[int]
+    """Between two documents."""
+    encode: Callable[[str], Any]
+
+
+def _load_tokenizer(name: str) -> _Tokenizer:
+    if name == "bytes":
+        return _Tokenizer(256, list(b"\n\n"), lambda text: np.frombuffer(text.encode(), np.uint8))
+    try:
+        auto_tokenizer = importlib.import_module("transformers").AutoTokenizer  # takes seconds
+        tokenizer = auto_tokenizer.from_pretrained(
+            Path(name).expanduser(), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # anything: each kind of tokenizer fails in its own way
+        raise ConfigError(
+            f"data.tokenizer={name!r} holds no tokenizer that transformers can load "
+            f"({_first_line(error)}); "
+            "give a folder written by a tokenizer's save_pretrained, or `bytes`"
+        ) from error
+
+    def encode(text: str) -> Any:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    end = tokenizer.eos_token_id
+    separator = [end] if end is not None else encode("\n\n")
+    return _Tokenizer(max(tokenizer.get_vocab().values()) + 1, separator, encode)
+
+
+def _tokenizer_identity(name: str) -> str:
+    """Hash of what decides a text's tokens: the files of the tokenizer, weights and the like left out."""
+    if name == "bytes":
+        return name
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"data.tokenizer={name!r} is no folder; give one with a transformers tokenizer, or `bytes`")
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in {".json", ".model", ".txt", ".tiktoken", ".vocab"}:
+            digest.update(f"{file.name} {hashlib.sha256(_read(file)).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _tokenize_once(text: _Text, content: str, tokenizer_name: str, vocab_size: int) -> tuple[Path, dict[str, Any]]:
+    """The cached tokens of a text and what is recorded about them."""
+    key = hashlib.sha256(f"1 {content} {_tokenizer_identity(tokenizer_name)}".encode()).hexdigest()
+    folder = cache_folder("tokens")
+    path = folder / f"{key[:32]}.npy"
+    if entry := _cached(path):
+        _check_vocabulary(entry["num_ids"], tokenizer_name, vocab_size)
+        return path, entry
+    tokenizer = _load_tokenizer(tokenizer_name)
+    _check_vocabulary(tokenizer.num_ids, tokenizer_name, vocab_size)
+    tokens = _tokenize(text, tokenizer)
+    digest = hashlib.sha256(tokens.data).hexdigest()
+    entry = {"num_ids": tokenizer.num_ids, "num_tokens": len(tokens), "dtype": str(tokens.dtype), "sha256": digest}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, lambda file: np.save(file, tokens))
+        _write(path.with_suffix(".json"), lambda file: file.write(json.dumps(entry).encode()))
+    except OSError as error:
+        raise ConfigError(
+            f"the token cache {folder} can't be written ({error.strerror}); "
+            "make room there, or set XDG_CACHE_HOME to a folder of yours"
+        ) from None
+    return path, entry
+
+
+def _check_vocabulary(num_ids: int, tokenizer_name: str, vocab_size: int) -> None:
+    if vocab_size < num_ids:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the {num_ids} ids of the tokenizer "
+            f"(data.tokenizer={tokenizer_name}); use model.vocab_size={num_ids} or more"
+        )
+
+
+def _cached(path: Path) -> dict[str, Any] | None:
+    """The record of a cache entry; None where it is missing or damaged."""
+    try:
+        entry: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
+        tokens = load_tokens(path)
+        shape = (tokens.shape, str(tokens.dtype))
+        intact = shape == ((entry["num_tokens"],), entry["dtype"]) and isinstance(entry["num_ids"], int)
+        return entry if intact and hashlib.sha256(tokens.data).hexdigest() == entry["sha256"] else None
+    except (OSError, ValueError, LookupError, TypeError, EOFError):
+        return None
+
+
+def _tokenize(text: _Text, tokenizer: _Tokenizer) -> npt.NDArray[Any]:
+    dtype = np.uint16 if tokenizer.num_ids <= 1 << 16 else np.uint32
+    parts = [np.empty(0, dtype)]
+    for number, document in enumerate(text.documents()):
+        if number:
+            parts.append(np.array(tokenizer.separator, dtype))
+        for start in range(0, len(document), PIECE_CHARACTERS):
+            parts.append(np.asarray(tokenizer.encode(document[start : start + PIECE_CHARACTERS]), dtype))
+    return np.concatenate(parts)
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Whole or not at all, whoever else is writing the same."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,107 @@
+"""launchers/verify.py: does a layout compute the same training as one rank?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.config import RunConfig, identity, load_config
+from harness.errors import ConfigError
+from harness.launch.train import compose_command_line, data_identity, new_attempt
+from harness.machine import Machine, detect_machine
+from harness.plan.twin import twin_of
+from harness.record.store import Attempt, Point, SweepDirectory, write_atomically, write_json
+
+if TYPE_CHECKING:
+    from harness.launch.sweep import Run
+
+VERIFIED = "verify"
+"""Folder of parity checks under results_dir."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check one layout; 0 when it passes, 1 when it does not or the check failed, 2 when it can't run."""
+    try:
+        raw = compose_command_line(argv)
+        if raw is None:
+            return 0
+        machine = detect_machine()
+        config = load_config(raw, machine)
+        attempt = new_attempt(config, SweepDirectory(config.results_dir, VERIFIED), data_identity(config), argv)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from harness.launch.process import run_attempt
+
+    outcome = run_attempt(attempt, config, machine, echo=True, task="verify")
+    result = attempt.result() if outcome.status == "ok" else None
+    if result is None:
+        print(f"{outcome.status}: {outcome.reason}\nlog: {attempt.log_file}", file=sys.stderr)
+        return 1
+    print(f"parity: {result['parity']}")
+    return 0 if result["parity"] == "pass" else 1
+
+
+def verify_layouts(
+    runs: Sequence[Run],
+    sweep: SweepDirectory,
+    machine: Machine,
+    now: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> bool:
+    """With `sweep.verify`, check each distinct layout of a sweep once, and leave the verdict with its attempts.
+
+    Layouts are distinct when their twins are. A verdict of the same environment is reused.
+
+    Returns:
+        Whether a signal stopped it.
+    """
+    layouts: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.config.sweep.verify:
+            layouts.setdefault(_layout_key(run.config), []).append(run)
+    for number, (key, same) in enumerate(layouts.items(), start=1):
+        check = _checked(Point(sweep.path / "parity" / f"{same[0].config.slug}_{key}"), same[0], machine, now)
+        status = check.status()
+        if status["status"] == "interrupted":
+            return True
+        verdict = _verdict(check.result() if status["status"] == "ok" else None, str(status.get("reason")))
+        say(f"parity [{number}/{len(layouts)}] {same[0].config.slug}: {verdict['reason'] or 'pass'}")
+        for run in same:
+            write_json(run.attempt.parity_file, verdict)
+    return False
+
+
+def _layout_key(config: RunConfig) -> str:
+    """Names the computation of a layout's twin: what only says how long, on what or from where it trains, left out."""
+    twin = twin_of(config)
+    alike = {"seed": 0, "steps": 1, "warmup_steps": 0, "eval_interval": 0, "eval_samples": 1, "resume": None}
+    return identity(twin.model_copy(update={"train": twin.train.model_copy(update=alike)}), "no data")
+
+
+def _checked(point: Point, run: Run, machine: Machine, now: Mapping[str, Any]) -> Attempt:
+    """The parity check of a point, made unless there is one."""
+    from harness.launch.process import run_attempt
+
+    if checked := point.measured_in(now):
+        return checked[-1]
+    attempt = point.new_attempt()
+    attempt.write_config(run.config)
+    _, _, arguments = run.attempt.command().partition("launchers/train.py")
+    write_atomically(attempt.command_file, f"python launchers/verify.py{arguments}\n")
+    run_attempt(attempt, run.config, machine, echo=False, task="verify")
+    return attempt
+
+
+def _verdict(result: Mapping[str, Any] | None, failure: str) -> dict[str, Any]:
+    """Columns of a point from its parity check; unknown where the check itself failed."""
+    if result is None:
+        return {"parity": None, "parity_max_error": None, "reason": f"the parity check did not finish: {failure}"}
+    wrong = [found for found in result["comparisons"] if not found["passed"]]
+    worst = max(wrong, key=lambda found: found["error"] / found["tolerance"], default=None)
+    reason = worst and (
+        f"fails the parity check: {worst['kind']} of {worst['worst']} is off by {worst['error']:.1e}, "
+        f"allowed {worst['tolerance']:.0e}"
+    )
+    return {"parity": result["parity"], "parity_max_error": result["parity_max_error"], "reason": reason}

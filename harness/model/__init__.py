@@ -1,0 +1,1 @@
+"""What is computed? Tensor-parallel layers, blocks and losses in plain torch."""

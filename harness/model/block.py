@@ -1,0 +1,160 @@
+"""The transformer block of both families: GPT-2 (pre-LayerNorm, GELU) and Llama (RMSNorm, SwiGLU).
+
+One sub-layer costs one all-reduce forward and one backward (arXiv 1909.08053, section 3). With sequence
+parallelism (arXiv 2205.05198) these are a gather and a reduce-scatter each, and backward one more gather; norms,
+residuals and dropout then see a slice of the sequence. In shapes, `slice` is `sequence`, or then sequence/tp.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from harness.config import Model
+from harness.model.collectives import gather_last_dim
+from harness.model.dropout import Dropout, RandomStreams
+from harness.model.groups import TensorParallel
+from harness.model.layers import ColumnParallelLinear, RowParallelLinear
+from harness.model.weights import has_biases, mlp_parts, qkv_parts
+
+
+def norm_class(model: Model) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
+    """Normalization of the family; takes (hidden_size, epsilon). Whole on every rank."""
+    return nn.LayerNorm if model.family == "gpt2" else nn.RMSNorm
+
+
+class RotaryPositions(nn.Module):
+    """Rotary positions (arXiv 2104.09864), pairing value i with i + head_dim/2 as `transformers` does."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+        # Not a buffer: casting the module to bf16 would round angles that must be computed in fp32.
+        self._table = (torch.empty(0), torch.empty(0))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Turn queries or keys: [batch, heads, sequence, head_dim] -> the same."""
+        cos, sin = self._cos_and_sin(heads)
+        # [-second half, first half] is the roll; its sign is in sin.
+        return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, dims=-1), sin)
+
+    def _cos_and_sin(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cached tables [sequence, head_dim] with the length, type and device of `like`."""
+        length, cached = like.shape[-2], self._table[0]
+        if cached.shape[0] < length or cached.dtype != like.dtype or cached.device != like.device:
+            with torch.inference_mode(False):  # the table may serve training later
+                self._table = self._build_table(length, like)
+        cos, sin = self._table
+        return cos[:length], sin[:length]
+
+    def _build_table(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
+        positions = torch.arange(length, dtype=torch.float32, device=like.device)
+        angles = torch.outer(positions, 1.0 / self.theta ** (pairs / self.head_dim))
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype)
+
+
+class ParallelAttention(nn.Module):
+    """Causal self-attention; each rank computes num_attention_heads/tp heads.
+
+    With fewer key-value heads than ranks, the tp/kv neighbours that serve one head own a slice of
+    its rows each and exchange the slices of keys and values: no weight exists twice, so no gradient
+    needs another sum.
+    """
+
+    def __init__(self, model: Model, tp: TensorParallel, name: str, streams: RandomStreams) -> None:
+        super().__init__()
+        self.tp = tp
+        self.head_dim = model.head_dim
+        self.grouped = model.num_key_value_heads < model.num_attention_heads
+        parts, bias = qkv_parts(model), has_biases(model)
+        self.qkv = ColumnParallelLinear(model.hidden_size, [size for _, size in parts], bias, tp)
+        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if model.family == "llama" else None
+        self.dropout = Dropout(model.dropout, streams, f"{name}.probabilities", tp.rank)
+        self.output = RowParallelLinear(model.num_attention_heads * model.head_dim, model.hidden_size, bias, tp)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> [batch, slice, hidden]."""
+        query, key, value = self.qkv(hidden)
+        if self.tp.kv_group is not None:
+            fractions = torch.stack((key, value), dim=-2)
+            key, value = gather_last_dim(fractions, self.tp.kv_group).unbind(dim=-2)
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        # enable_gqa beats repeated keys on CPU; either way this is flash attention (on CPU without dropout only).
+        with self.dropout.stream(query.device):
+            context = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=self.dropout.current_rate, is_causal=True, enable_gqa=self.grouped
+            )
+        output: Tensor = self.output(context.transpose(1, 2).flatten(-2))
+        return output
+
+    def _heads(self, features: Tensor) -> Tensor:
+        """[batch, sequence, heads x head_dim] -> [batch, heads, sequence, head_dim]."""
+        return torch.unflatten(features, -1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class ParallelMLP(nn.Module):
+    """Feed-forward layer: GELU (tanh form) for GPT-2, SwiGLU (arXiv 2002.05202) for Llama."""
+
+    def __init__(self, model: Model, tp: TensorParallel) -> None:
+        super().__init__()
+        self.gated = model.family == "llama"
+        parts, bias = mlp_parts(model), has_biases(model)
+        self.up = ColumnParallelLinear(model.hidden_size, [size for _, size in parts], bias, tp)
+        self.down = RowParallelLinear(model.intermediate_size, model.hidden_size, bias, tp)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> [batch, slice, hidden]."""
+        if self.gated:
+            gate, up = self.up(hidden)
+            activated = F.silu(gate) * up
+        else:
+            (up,) = self.up(hidden)
+            activated = F.gelu(up, approximate="tanh")
+        output: Tensor = self.down(activated)
+        return output
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each dropped out and added to its input.
+
+    With `activation_checkpointing` only the input is kept for backward and the block computed again.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tp: TensorParallel,
+        activation_checkpointing: bool,
+        name: str = "block",
+        streams: RandomStreams | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.streams = streams or RandomStreams()
+        build_norm = norm_class(model)
+        self.attention_norm = build_norm(model.hidden_size, model.norm_epsilon)
+        self.attention = ParallelAttention(model, tp, f"{name}.attention", self.streams)
+        self.attention_dropout = Dropout(model.dropout, self.streams, f"{name}.attention", tp.slice_rank)
+        self.mlp_norm = build_norm(model.hidden_size, model.norm_epsilon)
+        self.mlp = ParallelMLP(model, tp)
+        self.mlp_dropout = Dropout(model.dropout, self.streams, f"{name}.mlp", tp.slice_rank)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> [batch, slice, hidden]."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            body = self.streams.repeatable(self._body)  # no state of torch's generator needs to be kept
+            output: Tensor = checkpoint(body, hidden, use_reentrant=False, preserve_rng_state=False)
+            return output
+        return self._body(hidden)
+
+    def _body(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden)))
+        output: Tensor = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
+        return output

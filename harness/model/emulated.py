@@ -1,0 +1,76 @@
+"""A transformer block that waits instead of computing, for measurements whose truth is known."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import EmulatedModel
+from harness.model.block import TransformerBlock
+from harness.model.dropout import RandomStreams
+from harness.model.groups import TensorParallel
+
+
+class EmulatedBlock(TransformerBlock):
+    """Adds a learned vector [hidden], and takes a set time for it, forward and backward.
+
+    The waits are a sequence of the block's own, the same in every layout.
+    """
+
+    factor: float = 1.0
+    """What the waits are multiplied by."""
+
+    def __init__(
+        self,
+        model: EmulatedModel,
+        tp: TensorParallel,
+        activation_checkpointing: bool,
+        name: str = "block",
+        streams: RandomStreams | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nothing of what a block computes with
+        self.activation_checkpointing = activation_checkpointing
+        self.streams = streams or RandomStreams()
+        self.weight = nn.Parameter(torch.empty(model.hidden_size))
+        self._model = model
+        self._random = random.Random(name)
+
+    def _body(self, hidden: Tensor) -> Tensor:
+        output: Tensor = _Wait.apply(hidden + self.weight, self)  # type: ignore[no-untyped-call]
+        return output
+
+    def _wait(self, seconds: float) -> None:
+        time.sleep(seconds * self.factor * (1 + self._model.jitter * self._random.uniform(-1, 1)))
+
+    def wait_forward(self) -> None:
+        """Take the time of a forward pass."""
+        self._wait(self._model.forward_seconds)
+
+    def wait_backward(self) -> None:
+        """Take the time of a backward pass."""
+        self._wait(self._model.backward_seconds)
+
+
+def set_stage(module: nn.Module, model: EmulatedModel, stage: int) -> None:
+    """Give the blocks of a pipeline stage the factor of that stage."""
+    if model.stage_factors is not None:
+        for block in module.modules():
+            if isinstance(block, EmulatedBlock):
+                block.factor = model.stage_factors[stage]
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, block: EmulatedBlock) -> Tensor:
+        ctx.block = block
+        block.wait_forward()
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.block.wait_backward()
+        return gradients[0], None

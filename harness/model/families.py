@@ -1,0 +1,111 @@
+"""A model as a list of pipeline layers; one tensor passes between them.
+
+It is [batch, sequence, hidden], or with sequence parallelism [batch, sequence/tp, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness.config import Model
+from harness.model.block import TransformerBlock, norm_class
+from harness.model.dropout import Dropout, RandomStreams
+from harness.model.emulated import EmulatedBlock
+from harness.model.groups import TensorParallel
+from harness.model.layers import OutputHead, PositionEmbedding, VocabParallelEmbedding, vocab_parallel_logits
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """A layer before it is built, on whichever stage that will be."""
+
+    name: str
+    """Begins the global names of its parameters, except in a tied layer after the first."""
+    module_class: type[nn.Module]
+    args: tuple[Any, ...]
+    tied_key: str | None = None
+    """Layers of one key share one module; its only parameter is `weight`. The key is the first's name."""
+    forward: Callable[[Any, Tensor], Tensor] | None = None
+    """What the layer computes with its module, where that is not the module's own forward."""
+
+    def build(self) -> nn.Module:
+        """The module, with uninitialized weights."""
+        return self.module_class(*self.args)
+
+
+def describe_layers(
+    model: Model, tp: TensorParallel, activation_checkpointing: bool = False, streams: RandomStreams | None = None
+) -> list[LayerDescription]:
+    """All layers in order: tokens [batch, sequence] in, logits [batch, sequence, padded_vocab/tp] out.
+
+    Args:
+        streams: where dropout draws from; without, every forward pass draws the same.
+    """
+    streams = streams or RandomStreams()
+    vocabulary = (model.padded_vocab_size(tp.size), model.hidden_size, tp)
+    key = "embedding" if model.tie_word_embeddings else None
+    layers = [LayerDescription("embedding", VocabParallelEmbedding, vocabulary, key)]
+    if model.family == "gpt2":
+        positions = (model.max_position_embeddings, model.hidden_size, tp)
+        layers.append(LayerDescription("position_embedding", PositionEmbedding, positions))
+    if model.dropout > 0:
+        dropout = (model.dropout, streams, "embedding", tp.slice_rank)
+        layers.append(LayerDescription("embedding_dropout", Dropout, dropout))
+    block_class = EmulatedBlock if model.family == "emulated" else TransformerBlock
+    for name in (f"blocks.{index}" for index in range(model.num_hidden_layers)):
+        block = (model, tp, activation_checkpointing, name, streams)
+        layers.append(LayerDescription(name, block_class, block))
+    layers.append(LayerDescription("final_norm", norm_class(model), (model.hidden_size, model.norm_epsilon)))
+    if model.tie_word_embeddings:
+        layers.append(LayerDescription("head", VocabParallelEmbedding, vocabulary, key, vocab_parallel_logits))
+    else:
+        layers.append(LayerDescription("head", OutputHead, vocabulary))
+    return layers
+
+
+def layer_names(model: Model) -> list[str]:
+    """Names of all layers in order."""
+    return [layer.name for layer in describe_layers(model, TensorParallel.single())]
+
+
+class SingleStage(nn.Module):
+    """All layers in one module; `named_parameters` yields global names."""
+
+    def __init__(self, layers: Sequence[LayerDescription]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self._steps: list[Callable[[Tensor], Tensor]] = []
+        built: dict[str, nn.Module] = {}
+        for layer in layers:
+            key = layer.tied_key or layer.name
+            if key not in built:
+                built[key] = self._add(layer)
+            module = built[key]
+            self._steps.append(module if layer.forward is None else partial(layer.forward, module))
+
+    def _add(self, layer: LayerDescription) -> nn.Module:
+        module = layer.build()
+        if layer.name.startswith("blocks."):
+            self.blocks.append(module)
+        else:
+            self.add_module(layer.name, module)
+        return module
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, sequence] integers -> logits [batch, sequence, padded_vocab/tp]."""
+        hidden = tokens
+        for step in self._steps:
+            hidden = step(hidden)
+        return hidden
+
+
+def build_layers(
+    model: Model, tp: TensorParallel, activation_checkpointing: bool = False, streams: RandomStreams | None = None
+) -> SingleStage:
+    """The whole model as one pipeline stage, with uninitialized weights; arguments as in `describe_layers`."""
+    return SingleStage(describe_layers(model, tp, activation_checkpointing, streams))

@@ -1,0 +1,134 @@
+"""Tensor-parallel layers: linear maps split by columns or rows and the vocabulary (arXiv 1909.08053).
+
+What passes between layers is the same on every rank or, with sequence parallelism (arXiv 2205.05198), a slice of
+the sequence: in shapes, `slice` is `sequence`, or then sequence/tp.
+
+Parameters are allocated, not drawn: `harness.model.weights` fills them. Shapes are those of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.model.collectives import (
+    copy_to_tensor_parallel,
+    gathered_linear,
+    reduce_from_tensor_parallel,
+    scatter_sum,
+)
+from harness.model.groups import TensorParallel
+
+
+def split_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
+    """f and a matrix product split over its outputs: [batch, slice, in] -> [batch, sequence, out/tp]."""
+    if tp.sequence_parallel:
+        assert tp.group is not None
+        return gathered_linear(hidden, weight, bias, tp.group)
+    return F.linear(copy_to_tensor_parallel(hidden, tp.group), weight, bias)
+
+
+def sum_of_parts(part: Tensor, tp: TensorParallel) -> Tensor:
+    """g, of the terms of a sum that ranks hold: [batch, sequence, out] -> [batch, slice, out]; may overwrite `part`."""
+    if tp.sequence_parallel:
+        assert tp.group is not None
+        return scatter_sum(part, tp.group)
+    return reduce_from_tensor_parallel(part, tp.group)
+
+
+class ColumnParallelLinear(nn.Module):
+    """Several projections of one input in a single matrix product, each split over its outputs.
+
+    Holds the slice of every part, one below the other, so that a rank's query, key and value belong
+    to the same heads. weight: [sum(parts)/tp, in_features], bias: [sum(parts)/tp].
+    """
+
+    def __init__(self, in_features: int, parts: Sequence[int], bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.local_parts = [tp.share(size) for size in parts]
+        self.weight = nn.Parameter(torch.empty(sum(self.local_parts), in_features))
+        self.bias = nn.Parameter(torch.empty(sum(self.local_parts))) if bias else None
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """[batch, slice, in_features] -> per part [batch, sequence, part/tp], views of one tensor."""
+        return torch.split(split_product(hidden, self.weight, self.bias, self.tp), self.local_parts, dim=-1)
+
+
+class RowParallelLinear(nn.Module):
+    """A projection split over its inputs; every rank gets the sum. The bias is whole on every rank.
+
+    weight: [out_features, in_features/tp], bias: [out_features].
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(out_features, tp.share(in_features)))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, sequence, in_features/tp] -> [batch, slice, out_features]."""
+        if self.tp.group is None:
+            return F.linear(hidden, self.weight, self.bias)
+        output = sum_of_parts(F.linear(hidden, self.weight), self.tp)
+        # After the sum, or it would count once per rank.
+        return output if self.bias is None else output + self.bias
+
+
+class VocabularyMatrix(nn.Module):
+    """One row per token, split over ranks. weight: [padded_vocab/tp, hidden]."""
+
+    def __init__(self, padded_vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(tp.share(padded_vocab_size), hidden_size))
+
+
+class VocabParallelEmbedding(VocabularyMatrix):
+    """Token embedding: each rank looks up the tokens it owns, the sum completes the others."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[batch, sequence] integers -> [batch, slice, hidden]."""
+        if self.tp.group is None:
+            return F.embedding(tokens, self.weight)
+        num_rows = self.weight.shape[0]
+        rows = tokens - self.tp.rank * num_rows
+        elsewhere = (rows < 0) | (rows >= num_rows)
+        embedded = F.embedding(rows.masked_fill_(elsewhere, 0), self.weight)
+        embedded = embedded.masked_fill_(elsewhere.unsqueeze(-1), 0)
+        return sum_of_parts(embedded, self.tp)
+
+
+class OutputHead(VocabularyMatrix):
+    """Output projection with a weight of its own."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """See `vocab_parallel_logits`."""
+        return vocab_parallel_logits(self, hidden)
+
+
+def vocab_parallel_logits(matrix: VocabularyMatrix, hidden: Tensor) -> Tensor:
+    """Scores of this rank's tokens: [batch, slice, hidden] -> [batch, sequence, padded_vocab/tp].
+
+    The output head, also of a token embedding whose weight it shares.
+    """
+    return split_product(hidden, matrix.weight, None, matrix.tp)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions, whole on every rank. weight: [max_positions, hidden]."""
+
+    def __init__(self, max_position_embeddings: int, hidden_size: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(max_position_embeddings, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> the same, plus the embedding of its positions, 0, 1, ... in the sequence."""
+        length = hidden.shape[-2]
+        first = length * (self.tp.slice_rank or 0)
+        return hidden + self.weight[first : first + length]

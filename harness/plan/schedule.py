@@ -1,0 +1,198 @@
+"""Pipeline schedules as data: which stage does what, in which order.
+
+A schedule is one generator in `SCHEDULES`. It gets a `Stage` and yields that stage's instructions; the
+end of the step (reductions and optimizer) is the same in all and added here. Instructions have the kinds
+of `harness.timeline.Span`, so that a simulated and a measured step compare span by span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    """One thing a stage does."""
+
+    kind: str
+    """A kind of `harness.timeline.KINDS`."""
+    micro_batch: int = -1
+    """-1 where an instruction belongs to no micro-batch."""
+    chunk: int = 0
+    """Which of the stage's model chunks computes."""
+    peer: int = -1
+    """The stage at the other end of a transfer; -1 for all other instructions."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a schedule's generator stands, and the pieces it puts in order.
+
+    Chunk c of stage s is the model's part number c p + s: with several chunks the layers run through all
+    stages several times (arXiv 2104.04473, section 2.2).
+    """
+
+    index: int
+    num_stages: int
+    num_micro_batches: int
+    num_chunks: int = 1
+
+    def receive_activation(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
+        """The input of a forward pass; nothing where the model begins."""
+        previous = (self.index - 1) % self.num_stages
+        return [] if self._begins(chunk) else [Instruction("recv_activation", micro_batch, chunk, previous)]
+
+    def send_activation(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
+        """The output of a forward pass; nothing where the model ends."""
+        following = (self.index + 1) % self.num_stages
+        return [] if self._ends(chunk) else [Instruction("send_activation", micro_batch, chunk, following)]
+
+    def receive_gradient(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
+        """The input of a backward pass; nothing where the model ends."""
+        following = (self.index + 1) % self.num_stages
+        return [] if self._ends(chunk) else [Instruction("recv_gradient", micro_batch, chunk, following)]
+
+    def send_gradient(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
+        """The output of a backward pass; nothing where the model begins."""
+        previous = (self.index - 1) % self.num_stages
+        return [] if self._begins(chunk) else [Instruction("send_gradient", micro_batch, chunk, previous)]
+
+    def load(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
+        """Samples where the model begins, their labels where it ends."""
+        needed = self._begins(chunk) or self._ends(chunk)
+        return [Instruction("load", micro_batch, chunk)] if needed else []
+
+    def forward(self, micro_batch: int, chunk: int = 0) -> Iterator[Instruction]:
+        """A forward pass: receive, compute, send."""
+        yield from self.receive_activation(micro_batch, chunk)
+        yield from self.load(micro_batch, chunk)
+        yield Instruction("forward", micro_batch, chunk)
+        yield from self.send_activation(micro_batch, chunk)
+
+    def backward(self, micro_batch: int, chunk: int = 0) -> Iterator[Instruction]:
+        """A backward pass: receive, compute, send."""
+        yield from self.receive_gradient(micro_batch, chunk)
+        yield Instruction("backward", micro_batch, chunk)
+        yield from self.send_gradient(micro_batch, chunk)
+
+    def _begins(self, chunk: int) -> bool:
+        return self.index == 0 and chunk == 0
+
+    def _ends(self, chunk: int) -> bool:
+        return self.index == self.num_stages - 1 and chunk == self.num_chunks - 1
+
+
+Generator = Callable[[Stage], Iterator[Instruction]]
+
+
+def gpipe(stage: Stage) -> Iterator[Instruction]:
+    """All forward passes, then all backward passes (GPipe, arXiv 1811.06965)."""
+    for micro_batch in range(stage.num_micro_batches):
+        yield from stage.forward(micro_batch)
+    for micro_batch in range(stage.num_micro_batches):
+        yield from stage.backward(micro_batch)
+
+
+def one_forward_one_backward(stage: Stage) -> Iterator[Instruction]:
+    """1F1B (PipeDream-Flush, arXiv 2006.09503) in exactly the order of DeepSpeed's `TrainSchedule`.
+
+    A stage is as many forward passes ahead as stages follow it. Its sends block, so an activation leaves
+    only after the gradient from the same neighbour has come: neither waits for the other for ever.
+    """
+    ahead = stage.num_stages - 1 - stage.index
+    for forward in range(stage.num_micro_batches + ahead):
+        backward = forward - ahead
+        goes_forward, goes_backward = forward < stage.num_micro_batches, backward >= 0
+        if goes_forward:
+            yield from stage.receive_activation(forward)
+            yield from stage.load(forward)
+            yield Instruction("forward", forward)
+        if goes_backward:
+            yield from stage.receive_gradient(backward)
+        if goes_forward:
+            yield from stage.send_activation(forward)
+        if goes_backward:
+            yield Instruction("backward", backward)
+            yield from stage.send_gradient(backward)
+
+
+def interleaved(stage: Stage) -> Iterator[Instruction]:
+    """Interleaved 1F1B (arXiv 2104.04473, section 2.2): each stage holds several chunks of the model.
+
+    A chunk takes p micro-batches in a row, then the next chunk takes the same ones.
+
+    Raises:
+        ValueError: the micro-batches can't be dealt out in groups of p, or there is only one chunk.
+    """
+    p, m, v = stage.num_stages, stage.num_micro_batches, stage.num_chunks
+    if v < 2 or p < 2:
+        raise ValueError(f"interleaved 1F1B needs 2 stages and 2 chunks or more, not {p} and {v}; use 1f1b")
+    if m % p:
+        raise ValueError(
+            f"interleaved 1F1B runs micro-batches in groups of one per stage, and {m} micro-batches "
+            f"are no multiple of {p} stages; use {m + -m % p} micro-batches or another schedule"
+        )
+    passes = m * v
+    ahead = min(2 * (p - 1 - stage.index) + (v - 1) * p, passes)
+
+    def turn(number: int) -> tuple[int, int]:
+        """Micro-batch and chunk of a stage's pass `number`."""
+        group, rest = divmod(number, p * v)
+        chunk, position = divmod(rest, p)
+        return group * p + position, chunk
+
+    for number in range(passes + ahead):
+        if number < passes:
+            yield from stage.forward(*turn(number))
+        if number >= ahead:
+            micro_batch, chunk = turn(number - ahead)
+            yield from stage.backward(micro_batch, v - 1 - chunk)
+
+
+SCHEDULES: dict[str, Generator] = {
+    "gpipe": gpipe,
+    "1f1b": one_forward_one_backward,
+    "interleaved": interleaved,
+}
+END_OF_STEP = [Instruction(kind) for kind in ("reduce_tied_gradients", "reduce_gradients", "optimizer", "reduce_loss")]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One optimizer step of a whole pipeline."""
+
+    name: str
+    num_micro_batches: int
+    num_chunks: int
+    stages: list[list[Instruction]]
+    """Every stage's instructions in order."""
+
+    def order(self) -> list[list[tuple[str, int]]]:
+        """Kind and micro-batch of every stage's instructions, as `timeline.account` compares spans with."""
+        return [[(instruction.kind, instruction.micro_batch) for instruction in stage] for stage in self.stages]
+
+
+def build_schedule(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+    """The instructions of all stages.
+
+    Args:
+        name: a key of `SCHEDULES`.
+        num_chunks: parts of the model per stage (interleaved only).
+
+    Raises:
+        ValueError: an unknown name, or sizes that the schedule can't run.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r} is not known; use one of {', '.join(SCHEDULES)}")
+    if min(num_stages, num_micro_batches, num_chunks) < 1:
+        raise ValueError(
+            f"a schedule needs at least 1 stage, micro-batch and chunk, not {num_stages}, {num_micro_batches} "
+            f"and {num_chunks}"
+        )
+    sizes = (num_stages, num_micro_batches, num_chunks)
+    stages = [[*SCHEDULES[name](Stage(index, *sizes)), *END_OF_STEP] for index in range(num_stages)]
+    used = 1 + max(instruction.chunk for instruction in stages[0])
+    if used != num_chunks:
+        raise ValueError(f"schedule {name} runs {used} chunk per stage, not {num_chunks}; use interleaved")
+    return Schedule(name, num_micro_batches, num_chunks, stages)

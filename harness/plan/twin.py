@@ -1,0 +1,87 @@
+"""A small model that computes the same way: what a parity check runs instead of the real one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.config import Model, RunConfig
+from harness.plan.partition import layers_per_stage
+
+HEAD_DIM = 8
+SEQUENCE_LENGTH = 20
+VOCAB_SIZE = 60
+MICRO_BATCHES = 4
+MICRO_BATCH_SIZE = 2
+
+
+def twin_of(config: RunConfig) -> RunConfig:
+    """The configuration with few small layers and few micro-batches.
+
+    Every option that changes the computation is kept: family, ties, precision, layout, kind of partition,
+    ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped or fewer than tp, and whether
+    vocabulary and sequence divide by tp. Dropout is switched off: where tensor-parallel ranks hold different values
+    they draw different masks, so it is the same in every layout on average only.
+    """
+    partition = _twin_partition(config)
+    model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
+    train = config.train
+    micro_batch_size = min(train.micro_batch_size, MICRO_BATCH_SIZE)
+    num_micro_batches = min(config.num_micro_batches, MICRO_BATCHES)
+    sequence_length = min(train.sequence_length, _like(train.sequence_length, SEQUENCE_LENGTH, config.parallel.tp))
+    return config.model_copy(
+        update={
+            "model": model,
+            "parallel": config.parallel.model_copy(update={"partition": partition}),
+            "train": train.model_copy(
+                update={
+                    "micro_batch_size": micro_batch_size,
+                    "global_batch_size": micro_batch_size * num_micro_batches * config.parallel.dp,
+                    "sequence_length": sequence_length,
+                }
+            ),
+        }
+    )
+
+
+def reductions(config: RunConfig, twin: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """What the twin changed: key -> (configured, twin's)."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for section in ("model", "parallel", "train"):
+        before, after = getattr(config, section).model_dump(), getattr(twin, section).model_dump()
+        changed |= {f"{section}.{key}": (before[key], after[key]) for key in before if before[key] != after[key]}
+    return changed
+
+
+def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
+    model, tp, full = config.model, config.parallel.tp, config.model.num_hidden_layers
+    kv_heads = min(model.num_key_value_heads, tp)
+    heads = tp * min(2, model.num_attention_heads // tp)
+    if model.num_key_value_heads == model.num_attention_heads:
+        kv_heads = heads
+    shared = max(1, tp // kv_heads)  # ranks that hold a part of one key-value head
+    head_dim = HEAD_DIM if HEAD_DIM % shared == 0 else 2 * shared
+    return model.model_copy(
+        update={
+            "num_hidden_layers": num_layers or min(full, 2 * config.parallel.pp + full % config.parallel.pp),
+            "hidden_size": heads * head_dim,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": 3 * heads * head_dim,
+            "vocab_size": _like(model.vocab_size, VOCAB_SIZE, tp),
+            "dropout": 0.0,
+        }
+    )
+
+
+def _twin_partition(config: RunConfig) -> str | list[int]:
+    """Listed layers keep their order of sizes, with one to three layers per stage."""
+    if not isinstance(config.parallel.partition, list):
+        return config.parallel.partition
+    sizes = layers_per_stage(config.model, config.parallel, config.train.sequence_length)
+    return [min(3, 1 + size - min(sizes)) for size in sizes]
+
+
+def _like(size: int, small: int, tp: int) -> int:
+    """About `small`, with the remainder that `size` leaves when divided by tp."""
+    return -(-small // tp) * tp + size % tp

@@ -1,0 +1,122 @@
+"""Pictures of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness.timeline import COMPUTE_KINDS, Span
+
+# Forward blue and backward green, as pipelines are drawn since arXiv 2104.04473; waiting stays white.
+FILLS = {
+    "forward": ("#4f7fd0", "forward"),
+    "backward": ("#63b179", "backward"),
+    "backward_input": ("#63b179", "backward of inputs"),
+    "backward_weight": ("#9dbb55", "backward of weights"),
+    "reduce_tied_gradients": ("#c9b8dd", "reduce gradients"),
+    "reduce_gradients": ("#c9b8dd", "reduce gradients"),
+    "optimizer": ("#ecd3a4", "optimizer"),
+}
+PART_FILLS = {
+    "forward": ("#4f7fd0", "forward"),
+    "backward": ("#63b179", "backward"),
+    "recomputation": ("#a8d5b5", "recomputation"),
+    "tp_communication": ("#8a63b1", "TP communication"),
+    "pp_transfer": ("#d0704f", "PP transfer"),
+    "dp_reduction": ("#c9b8dd", "reductions"),
+    "optimizer": ("#ecd3a4", "optimizer"),
+    "data": ("#7f7f7f", "data"),
+    "host_gap": ("#c4c4c4", "host gap"),
+    "pp_wait": ("#f4f4f4", "waiting"),
+}
+INCHES_WIDE, INCHES_PER_RANK = 12.0, 0.5
+LARGEST_FONT, SMALLEST_FONT = 9.0, 5.0
+
+
+def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, title: str) -> None:
+    """Draw one step of a pipeline: a row per rank, a box per forward and backward with its micro-batch number.
+
+    Args:
+        spans_by_rank: spans of one step, on one clock; rows keep this order, the first on top.
+        path: PNG file to write.
+        title: one line above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    boxes = [(row, span) for row, spans in enumerate(spans_by_rank.values()) for span in spans if span.kind in FILLS]
+    origin = min(span.start_ns for _, span in boxes)
+    milliseconds = (max(span.end_ns for _, span in boxes) - origin) / 1e6
+    fonts = {kind: _font_size([span for _, span in boxes if span.kind == kind], milliseconds) for kind in COMPUTE_KINDS}
+    figure = Figure(figsize=(INCHES_WIDE, INCHES_PER_RANK * len(spans_by_rank) + 1.1), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row, span in boxes:
+        start, length = (span.start_ns - origin) / 1e6, span.seconds * 1e3
+        axes.barh(row, length, left=start, height=0.86, color=FILLS[span.kind][0], edgecolor="white", linewidth=0.8)
+        if fonts.get(span.kind, 0) >= SMALLEST_FONT:
+            axes.text(start + length / 2, row, str(span.micro_batch), size=fonts[span.kind], color="white",
+                      weight="bold", ha="center", va="center_baseline", clip_on=True)  # fmt: skip
+    axes.set_title(title, loc="left", size=12, parse_math=False)
+    axes.set_yticks(range(len(spans_by_rank)), [f"rank {rank}" for rank in spans_by_rank])
+    axes.set_ylim(len(spans_by_rank) - 0.5, -0.5)
+    axes.set_xlim(0, milliseconds)
+    axes.set_xlabel("ms")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", colors="#555555")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#999999")
+    legend = {label: colour for kind, (colour, label) in FILLS.items() if any(span.kind == kind for _, span in boxes)}
+    patches = [Patch(facecolor=colour, label=label) for label, colour in legend.items()]
+    axes.legend(handles=patches, loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=1.7, ncols=len(patches),
+                frameon=False, handlelength=1, handleheight=1, columnspacing=1.4)  # fmt: skip
+    figure.savefig(path)
+
+
+def accounting_picture(accounting: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw where the time of a step goes: a bar per stage, a mark at the step's time by the other clock.
+
+    Args:
+        accounting: as in result.json, one for each stage.
+        path: PNG file to write.
+        title: one line above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(INCHES_WIDE, INCHES_PER_RANK * len(accounting) + 1.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rows = range(len(accounting))
+    ends = [0.0] * len(accounting)
+    for part, (colour, label) in PART_FILLS.items():
+        lengths = [stage["seconds"][part] * 1e3 for stage in accounting]
+        if any(lengths):
+            edge = "#999999" if part == "pp_wait" else colour
+            axes.barh(rows, lengths, left=ends, height=0.7, color=colour, edgecolor=edge, linewidth=0.5, label=label)
+            ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+    steps = [stage["step_seconds"] * 1e3 for stage in accounting]
+    axes.plot(steps, rows, linestyle="none", marker="|", markersize=18, color="black", label="step, by its own clock")
+    axes.set_title(title, loc="left", size=12, parse_math=False)
+    residuals = [100 * stage["residual_seconds"] / stage["step_seconds"] for stage in accounting]
+    labels = [f"stage {row}, residual {residual:+.2f} %" for row, residual in zip(rows, residuals, strict=True)]
+    axes.set_yticks(rows, labels)
+    axes.set_ylim(len(accounting) - 0.5, -0.5)
+    axes.set_xlim(0, 1.02 * max(*steps, *ends))
+    axes.set_xlabel("ms of a step")
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, handlelength=1, handleheight=1)
+    figure.savefig(path)
+
+
+def _font_size(spans: Sequence[Span], milliseconds: float) -> float:
+    """Points at which the longest micro-batch number fits into the median box."""
+    if not spans:
+        return 0.0
+    digits = len(str(max(span.micro_batch for span in spans)))
+    points = median(span.seconds for span in spans) * 1e3 / milliseconds * 0.9 * INCHES_WIDE * 72
+    return min(LARGEST_FONT, points / (0.85 * digits))

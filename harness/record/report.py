@@ -1,0 +1,358 @@
+"""The report of a sweep: results.csv, results.md and the table in the terminal, rebuilt from files alone."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.record import metrics
+from harness.record.spread import LARGE_DRIFT
+from harness.record.store import UNFINISHED, SweepDirectory, write_atomically
+from harness.record.tracking import finish_mirrors, start_mirrors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+# What points may differ in besides tp, pp, dp and micro-batches, with its header; shown only where they do.
+VARYING = {
+    "model": ("", "model"),
+    "schedule": ("", "schedule"),
+    "partition": ("", "partition"),
+    "global_batch_size": ("global", "batch"),
+    "sequence_length": ("sequence", "length"),
+    "precision": ("", "precision"),
+    "zero_stage": ("ZeRO", "stage"),
+    "activation_checkpointing": ("check-", "pointing"),
+    "threads_per_rank": ("threads", "/rank"),
+}
+
+
+def collect(sweep: SweepDirectory) -> list[Row]:
+    """One row per point ever asked for, from its newest finished attempt and its repeats, in order of their names."""
+    reference = sweep.request().get("environment")
+    rows = [metrics.point_row(point, reference) for point in sweep.points()]
+    return [row for row in rows if row is not None]
+
+
+def is_ranked(row: Row) -> bool:
+    """Whether a row's times compare with those of others."""
+    sound = row["status"] == "ok" and row["parity"] != "fail"
+    return sound and not row["oversubscribed"] and bool(row["step_seconds"])
+
+
+def ranking_column(rows: Iterable[Row]) -> str:
+    """The column rows are ranked by: per device as soon as their world sizes differ."""
+    sizes = {row["world_size"] for row in rows if is_ranked(row)}
+    return "tokens_per_second_per_device" if len(sizes) > 1 else "tokens_per_second"
+
+
+def rank(rows: Iterable[Row]) -> list[Row]:
+    """Rows in order, each with its `rank`: measured ones, oversubscribed ones, the others.
+
+    Rows whose p10-p90 ranges overlap with one above of the same rank share it: "1", "1=", "3". Oversubscribed
+    rows and those without a measurement have rank "".
+    """
+    rows = [{**row, "rank": ""} for row in rows]
+    by = ranking_column(rows)
+    ranked = sorted((row for row in rows if is_ranked(row)), key=lambda row: (-row[by], row["point"]))
+    number, slowest = "", math.inf  # rank of the tie above, and the lower end of its ranges
+    for position, entry in enumerate(ranked, start=1):
+        step_seconds = entry["step_seconds"]
+        fast = entry[by] * step_seconds / (entry["step_seconds_p10"] or step_seconds)
+        slow = entry[by] * step_seconds / (entry["step_seconds_p90"] or step_seconds)
+        if fast >= slowest:
+            entry["rank"], slowest = f"{number}=", min(slow, slowest)
+        else:
+            entry["rank"], slowest = str(position), slow
+            number = entry["rank"]
+    measured = [row for row in rows if row["status"] == "ok" and not is_ranked(row)]
+    failed = [row for row in rows if row["status"] != "ok"]
+    measured.sort(key=lambda row: (row["parity"] == "fail", -(row["tokens_per_second"] or 0), row["point"]))
+    failed.sort(key=lambda row: (row["status"], row["point"]))
+    return ranked + measured + failed
+
+
+def write_report(sweep: SweepDirectory) -> list[Row]:
+    """Replace results.csv and results.md; the ranked rows.
+
+    Raises:
+        OSError: they can't be written.
+    """
+    rows = rank(collect(sweep))
+    write_atomically(sweep.path / "results.csv", csv_text(rows))
+    write_atomically(sweep.path / "results.md", markdown(sweep, rows))
+    return rows
+
+
+def csv_text(rows: Iterable[Row]) -> str:
+    """All columns of all rows; empty for what is not known."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, metrics.COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column people read: two lines of header, and how a row fills it."""
+
+    header: tuple[str, str]
+    text: Callable[[Row], str]
+    dispensable: int = 0
+    """Where the terminal is too narrow, the highest go first; 0 stays."""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits without an exponent, empty for None: 0.0512, 98.7, 12,346."""
+    if value is None or not math.isfinite(value):
+        return "" if value is None else str(value)
+    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(0, decimals)}f}"
+
+
+def table_columns(rows: Sequence[Row]) -> list[Column]:
+    """Columns of the tables, without those that are empty or the same on every row and say nothing."""
+
+    def plain(key: str) -> Callable[[Row], str]:
+        return lambda row: "" if row[key] is None else str(row[key])
+
+    def scaled(key: str, factor: float, digits: int = 3) -> Callable[[Row], str]:
+        return lambda row: "" if row[key] is None else number(factor * row[key], digits)
+
+    def percent(key: str) -> Callable[[Row], str]:
+        return lambda row: "" if row[key] is None else f"{100 * row[key]:.1f}"
+
+    def spread(row: Row) -> str:
+        ends = [row["step_seconds_p10"], row["step_seconds_p90"]]
+        return "" if None in ends else "-".join(number(1e3 * end) for end in ends)
+
+    def mark(row: Row) -> str:
+        return (row["rank"] or "-") + ("*" if row["stale"] else "")
+
+    # Threads follow from the number of ranks: what differs with the world size alone is no news.
+    sizes = {row["world_size"] for row in rows}
+    varying = [key for key in VARYING if len({(row["world_size"], row[key]) for row in rows}) > len(sizes)]
+    columns = [
+        Column(("", "rank"), mark),
+        *(Column(("", key), plain(key)) for key in ("tp", "pp", "dp")),
+        Column(("micro", "batch"), plain("micro_batch_size")),
+        Column(("", "m"), plain("num_micro_batches")),
+        *(Column(VARYING[key], plain(key)) for key in varying),
+        Column(("step", "ms"), scaled("step_seconds", 1e3, digits=4)),
+        Column(("p10-p90", "ms"), spread, dispensable=2),
+        Column(("tokens", "/s"), scaled("tokens_per_second", 1, digits=4)),
+        Column(("tokens/s", "/device"), scaled("tokens_per_second_per_device", 1, digits=4)),
+        Column(("TFLOP/s", "/device"), scaled("model_tflops_per_device", 1), dispensable=4),
+        Column(("MFU", "%"), percent("mfu")),
+        Column(("of GEMM", "%"), percent("gemm_utilization"), dispensable=3),
+        Column(("bubble %", "ideal"), percent("bubble_fraction_ideal")),
+        Column(("bubble %", "measured"), percent("bubble_fraction_measured")),
+        Column(("memory", "MiB"), scaled("peak_memory_bytes", 2**-20), dispensable=1),
+        Column(("last", "loss"), scaled("last_loss", 1, digits=4), dispensable=5),
+    ]
+    if ranking_column(rows) == "tokens_per_second":
+        columns = [column for column in columns if column.header != ("tokens/s", "/device")]
+    return [column for column in columns if any(column.text(row) for row in rows)]
+
+
+def layout(row: Row) -> str:
+    """The layout of a row in short, as far as known; else the name of its point."""
+    parts = [("tp", "tp"), ("pp", "pp"), ("dp", "dp"), ("mbs", "micro_batch_size")]
+    return " ".join(f"{short}{row[key]}" for short, key in parts if row[key] is not None) or row["point"]
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """How many points, and what became of them."""
+    counts = Counter(row["status"] for row in rows)
+    parts = [f"{count} {status}" for status, count in counts.most_common()]
+    return f"{len(rows)} point{'s' * (len(rows) != 1)}: {', '.join(parts) or 'none yet'}"
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
+    """Sentences that say how the table is to be read."""
+    by = ranking_column(rows)
+    ranked = [row for row in rows if is_ranked(row)]
+    measured = [row for row in rows if row["status"] == "ok"]
+    sentences = []
+    if ranked:
+        where = "across world sizes" if by.endswith("per_device") else f"among {ranked[0]['world_size']}-rank layouts"
+        sentences.append(f"Ranked by {by} {where}, from the median step after warm-up.")
+    if any(row["rank"].endswith("=") for row in ranked):
+        sentences.append("= is a tie: the p10-p90 range of step times overlaps with one above of the same rank.")
+    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if row["parity"] == "fail"]
+    if any(row["oversubscribed"] for row in measured):
+        sentences.append(
+            "- has no rank: more ranks x threads than cores, so its times compare with nothing but themselves."
+        )
+    if any((row["repeats"] or 0) > 1 for row in measured):
+        sentences.append("Measured several times (results.csv: repeats): medians of the runs, p10-p90 over all steps.")
+    if drifting := sum(abs(row["drift"] or 0) >= LARGE_DRIFT for row in measured):
+        sentences.append(f"Step times of {drifting} of {len(measured)} points drifted (results.csv: drift).")
+    if any(row["stale"] for row in measured):
+        sentences.append("* is stale: measured with other versions, hardware or code than asked for last.")
+    if measured:
+        sentences.append("Bubble: idle share of the pipeline; ideal (p-1)/(m+p-1), p stages, m micro-batches.")
+    return sentences
+
+
+def markdown(sweep: SweepDirectory, rows: Sequence[Row]) -> str:
+    """Text of results.md."""
+    measured = [row for row in rows if row["status"] == "ok"]
+    others = [row for row in rows if row["status"] != "ok"]
+    lines = [f"# Sweep {_escape(sweep.name)}", "", f"{headline(rows)}.", ""]
+    lines += [f"- {_escape(line)}" for line in _circumstances(sweep)] + [""]
+    if measured:
+        columns = table_columns(measured)
+        headers = [" ".join(filter(None, column.header)) for column in columns]
+        cells = [[column.text(row) for column in columns] for row in measured]
+        lines += [*_markdown_table(headers, cells, align="---:"), ""]
+        lines += [*(_escape(sentence) + "  " for sentence in legend(rows)), ""]
+    if winner := _winner(rows):
+        lines += ["## Run rank 1 again", "", *_fenced(winner["command"]), ""]
+    if others:
+        cells = [[layout(row), row["status"], row["reason"] or "", row["point"]] for row in others]
+        lines += ["## Points without a measurement", ""]
+        lines += [*_markdown_table(["layout", "status", "reason", "point"], cells, align="---"), ""]
+    return "\n".join(lines)
+
+
+def _circumstances(sweep: SweepDirectory) -> list[str]:
+    """When, on what and with what the shown attempts were measured."""
+    statuses = [attempt.status() for point in sweep.points() if (attempt := point.shown())]
+    ended = sorted(status["ended"][:16].replace("T", " ") for status in statuses if status.get("ended"))
+    lines = [f"Date: {' to '.join(dict.fromkeys([ended[0], ended[-1]]))} UTC"] if ended else []
+    for environment in (status["environment"] for status in statuses if status.get("environment")):
+        hardware, versions = environment.get("hardware") or {}, environment.get("versions") or {}
+        devices = f"{hardware.get('num_devices')} x " if hardware.get("device_kind") == "cuda" else ""
+        lines.append(
+            f"Hardware: {devices}{hardware.get('device_name')}, {hardware.get('num_cores')} cores, "
+            f"host {hardware.get('host')}"
+        )
+        lines.append(
+            "Versions: "
+            + ", ".join(f"{name} {version}" for name, version in versions.items())
+            + f", shardwright code {environment.get('code')}"
+        )
+    return sorted(set(lines))
+
+
+def _escape(text: str) -> str:
+    """Text without a meaning in markdown, on one line."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown_table(headers: Sequence[str], cells: Iterable[Sequence[str]], align: str) -> list[str]:
+    rows = [headers, [align] * len(headers), *([_escape(cell) for cell in line] for line in cells)]
+    return [f"| {' | '.join(line)} |" for line in rows]
+
+
+def _fenced(text: str) -> list[str]:
+    """A code block that the text can't end."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence + "bash", text, fence]
+
+
+def print_report(rows: Sequence[Row], console: Console) -> None:
+    """The ranked table in a terminal, what was not measured and why, and the command of the winner.
+
+    Args:
+        rows: as `rank` returns them.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    measured = [row for row in rows if row["status"] == "ok"]
+    console.print(headline(rows), style="bold", highlight=False)
+    if measured:
+        console.print()
+        console.print(_table(measured, console))
+        for sentence in legend(rows):
+            console.print(escape(sentence), style="dim", highlight=False)
+    others = Table.grid(padding=(0, 2))
+    for row in rows:
+        if row["status"] != "ok":
+            colour = "yellow" if row["status"] in UNFINISHED | {"invalid"} else "red"
+            reason = " ".join((row["reason"] or "").split())
+            others.add_row(f"[{colour}]{row['status']}[/]", escape(layout(row)), escape(reason))
+    if others.rows:
+        console.print()
+        console.print(others, highlight=False)
+    if winner := _winner(rows):
+        ties = sum(row["rank"] in ("1", "1=") for row in rows)
+        tie = f" (a tie of {ties})" if ties > 1 else ""
+        console.print(f"\nRank 1{tie}, {escape(layout(winner))}, is run again by", style="bold", highlight=False)
+        console.print(winner["command"], markup=False, highlight=False, soft_wrap=True, style="green")
+
+
+def _winner(rows: Sequence[Row]) -> Row | None:
+    """The first row, when it has a rank and its command is known."""
+    return next((row for row in rows if row["rank"] == "1" and row["command"]), None)
+
+
+def _table(rows: Sequence[Row], console: Console) -> Table:
+    """The table with as many columns as fit."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    columns = table_columns(rows)
+    while True:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
+        for column in columns:
+            table.add_column("\n".join(column.header), justify="right", no_wrap=True)
+        for row in rows:
+            style = "bold green" if row["rank"] in ("1", "1=") else "" if row["rank"] else "dim"
+            table.add_row(*(escape(column.text(row)) for column in columns), style=style)
+        least = max(columns, key=lambda column: column.dispensable)
+        width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        if not least.dispensable or width <= console.width:
+            return table
+        columns.remove(least)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`report.py results/NAME [--wandb]`; the exit status."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="report.py", description="Rebuild the report of a sweep from its files.")
+    parser.add_argument("sweep", type=Path, metavar="results/NAME", help="folder of a sweep or of single runs")
+    parser.add_argument("--wandb", action="store_true", help="write the runs that wandb does not have yet")
+    options = parser.parse_args(arguments)
+    folder = options.sweep.resolve()
+    if not (folder / "points").is_dir():
+        print(f"{options.sweep} is not a folder of results (it has no points/); give results/NAME", file=sys.stderr)
+        return 2
+    sweep = SweepDirectory(folder.parent, folder.name)
+    warnings = _mirror_attempts(sweep) if options.wandb else []
+    try:
+        rows = write_report(sweep)
+    except OSError as error:
+        warnings.append(f"results.csv and results.md are not written: {error}")
+        rows = rank(collect(sweep))
+    else:
+        warnings += finish_mirrors([start_mirrors([sweep.path])], 60) if options.wandb else []
+    print_report(rows, Console(width=None if sys.stdout.isatty() else 100))
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 1 if warnings else 0
+
+
+def _mirror_attempts(sweep: SweepDirectory) -> list[str]:
+    """Write the ended attempts that wandb does not have; warnings."""
+    attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
+    missing = [a.path for a in attempts if not a.wandb_run_id() and a.status()["status"] not in ("pending", "running")]
+    return finish_mirrors([start_mirrors(missing)], timeout=60 + 10 * len(missing)) if missing else []

@@ -1,0 +1,116 @@
+"""The table a single run ends with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.config import RunConfig
+from harness.record.spread import LARGE_DRIFT
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
+    """Print stages, times and the bubble of a finished run.
+
+    Args:
+        result: content of result.json.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{config.model.name}  {config.slug}  m={config.num_micro_batches}")
+    for heading in ("stage", "layers", "parameters", "forward GFLOP", "forward ms", "backward ms"):
+        table.add_column(heading, justify="right")
+    for stage in result["stages"]:
+        table.add_row(
+            str(stage["stage"]),
+            str(stage["layers"]),
+            f"{stage['parameters']:,}",
+            f"{stage['forward_flops'] / 1e9:.3g}",
+            f"{stage['forward_seconds'] * 1e3:.1f}",
+            f"{stage['backward_seconds'] * 1e3:.1f}",
+        )
+    accounting = _accounting_table(result.get("accounting"))
+    console = Console(width=None if Console().is_terminal else 100)
+    console.print(table)
+    console.print("Per micro-batch; FLOPs and parameters over all tensor-parallel ranks of a stage.", style="dim")
+    if accounting is not None:
+        console.print(accounting)
+    for line in summary_lines(config, result["row"]):
+        console.print(line, highlight=False)
+        if line.startswith("bubble"):
+            for detail in bubble_lines(result.get("bubble")):
+                console.print(detail, highlight=False)
+
+
+PART_LABELS = {
+    "forward": "forward", "backward": "backward", "recomputation": "recomputation",
+    "tp_communication": "TP communication", "pp_transfer": "PP transfer", "dp_reduction": "reductions",
+    "optimizer": "optimizer", "data": "data", "host_gap": "host gap", "pp_wait": "waiting",
+}  # fmt: skip
+
+
+def _accounting_table(accounting: list[dict[str, Any]] | None) -> Table | None:
+    """Milliseconds of a step by stage; parts that no stage has are left out."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not accounting:
+        return None
+    table = Table(title="milliseconds of a step")
+    for heading in ("part", *(f"stage {stage['stage']}" for stage in accounting)):
+        table.add_column(heading, justify="right")
+    for part, label in PART_LABELS.items():
+        if any(stage["seconds"][part] for stage in accounting):
+            table.add_row(label, *(f"{stage['seconds'][part] * 1e3:.1f}" for stage in accounting))
+    residuals = [f"{100 * stage['residual_seconds'] / stage['step_seconds']:+.2f}%" for stage in accounting]
+    colours = ["" if stage["closes"] else "bold red" for stage in accounting]
+    table.add_row("residual", *map(Text, residuals, colours))
+    table.add_row("step", *(f"{stage['step_seconds'] * 1e3:.1f}" for stage in accounting))
+    return table
+
+
+def bubble_lines(bubble: dict[str, Any] | None) -> list[str]:
+    """What the bubble would be and what it consists of; nothing where no step was looked into."""
+    if bubble is None:
+        return []
+    causes = ", ".join(f"{cause} {percent:.1f}%" for cause, percent in bubble["causes_percent"].items())
+    return [
+        f"            {bubble['simulated']['fraction']:.1%} simulated from the measured durations",
+        f"            {causes}",
+    ]
+
+
+def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
+    """The run's figures in sentences; what is not known is left out."""
+    lines = [
+        f"step        {row['step_seconds'] * 1e3:.1f} ms median"
+        f" (p10 {row['step_seconds_p10'] * 1e3:.1f}, p90 {row['step_seconds_p90'] * 1e3:.1f})",
+        f"throughput  {row['tokens_per_second']:,.0f} tokens/s, "
+        f"{row['tokens_per_second_per_device']:,.0f} per device, "
+        f"{row['model_tflops_per_device']:.3g} model TFLOP/s per device",
+        f"bubble      {row['bubble_fraction_measured']:.1%} of the pipeline's time measured, "
+        f"{row['bubble_fraction_ideal']:.1%} ideal for 1F1B",
+        f"memory      {row['peak_memory_bytes'] / 2**20:,.0f} MiB peak of the largest rank",
+        f"loss        {row['first_loss']:.4f} to {row['last_loss']:.4f}",
+    ]
+    if row["eval_loss"] is not None:
+        lines.append(f"held out    loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:,.1f}")
+    if row["gemm_utilization"] is not None:
+        lines.insert(2, f"efficiency  {row['gemm_utilization']:.1%} of this machine's matrix-product rate")
+    if row["mfu"] is not None:
+        lines.insert(2, f"MFU         {row['mfu']:.1%} of the device's datasheet peak")
+    if abs(row["drift"] or 0) >= LARGE_DRIFT:
+        lines.append(
+            f"drift       {row['drift']:+.1%} from the first to the last third of the timed steps, beyond noise"
+        )
+    if (row["warmup_steps_detected"] or 0) > config.train.warmup_steps:
+        lines.append(
+            f"warm-up     the first {row['warmup_steps_detected']} steps are slow, and "
+            f"train.warmup_steps={config.train.warmup_steps} of them are left out"
+        )
+    if row["oversubscribed"]:
+        lines.append("oversubscribed: more ranks x threads than cores, so these times compare only with themselves")
+    return lines

@@ -1,0 +1,1 @@
+"""What happens in a rank? Data, engine, tracer and worker; the only place that imports deepspeed."""

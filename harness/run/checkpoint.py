@@ -1,0 +1,413 @@
+"""Checkpoints in one format for every layout, with torch.distributed.checkpoint.
+
+What is kept are tensors of the whole model under global names, whatever the layout: `weight/NAME` as the
+optimizer holds it (fp32), `exp_avg/NAME` and `exp_avg_sq/NAME`. What the layers fuse is kept as its parts, a tied
+weight once, the padding of the vocabulary not at all. Any layout reads what it holds.
+
+A rank writes what lies in the memory of its optimizer and asks no other rank for anything. Under ZeRO that is any
+range of the flattened slice of a parameter: up to three rectangles (the end of a row, whole rows, the beginning of
+a row), which is what `DTensor` can't describe and the planners of torch.distributed.checkpoint can.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from harness.checkpoints import (
+    FORMAT,
+    META,
+    FileRecord,
+    Meta,
+    SavedConfig,
+    checksum,
+    complete_checkpoints,
+    directory_of,
+    read_meta,
+)
+from harness.config import RunConfig, Train
+from harness.errors import ConfigError
+from harness.model.groups import TensorParallel
+from harness.model.weights import ParameterSpec, parameter_table
+from harness.record.store import write_json
+from harness.run.build import Training
+
+LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""State of DeepSpeed's two kinds of loss scalers."""
+
+
+def state_kinds(train: Train) -> tuple[str, ...]:
+    """What is kept of every parameter."""
+    return ("weight", "exp_avg", "exp_avg_sq") if train.optimizer == "adamw" else ("weight",)
+
+
+class Part(NamedTuple):
+    """A tensor of the checkpoint, and the part of it that a tensor-parallel rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    first_row: int
+    """Of this part in the rank's slice of the parameter."""
+    num_rows: int
+    """Without padding."""
+    row: int
+    """Place of its first row in the whole tensor."""
+    column: int
+    """Place of its first column in the whole tensor."""
+
+
+def parts_of(spec: ParameterSpec, tp_rank: int, tp_size: int) -> Iterator[Part]:
+    """How the slice of a parameter falls into tensors of the checkpoint."""
+    if spec.shard_dim != 0:
+        column = 0 if spec.shard_dim is None else spec.shape[1] // tp_size * tp_rank
+        yield Part(spec.name, spec.shape, 0, spec.shape[0], 0, column)
+        return
+    first_row = 0
+    for part, size in spec.parts:
+        share = -(-size // tp_size)  # the last rank's may be padded
+        row = min(tp_rank * share, size)
+        yield Part(_part_name(spec, part), (size, *spec.shape[1:]), first_row, min(share, size - row), row, 0)
+        first_row += share
+
+
+def _part_name(spec: ParameterSpec, part: str) -> str:
+    """`blocks.3.attention.qkv.weight` has `blocks.3.attention.q.weight` and so on."""
+    if len(spec.parts) == 1:
+        return spec.name
+    block, _, kind = spec.name.rsplit(".", 2)
+    return f"{block}.{part}.{kind}"
+
+
+def rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """A range of a flattened matrix as (row, column, rows, columns): at most three, each contiguous."""
+    while start < stop:
+        row, column = divmod(start, width)
+        rows = (stop - start) // width if column == 0 else 0
+        columns = width if rows else min(width - column, stop - start)
+        yield row, column, max(1, rows), columns
+        start += max(1, rows) * columns
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a tensor of the checkpoint, and the memory of this rank that holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offsets: tuple[int, ...]
+    data: Tensor
+
+    @property
+    def index(self) -> MetadataIndex:
+        """What distinguishes it from others."""
+        return MetadataIndex(self.name, self.offsets)
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Where it is in the whole tensor."""
+        return ChunkStorageMetadata(torch.Size(self.offsets), self.data.shape)
+
+
+def boxes_of(spec: ParameterSpec, tp: TensorParallel, start: int, memory: Tensor) -> Iterator[Box]:
+    """Boxes of a range of a parameter.
+
+    Args:
+        start: where `memory` `[n]` begins in this rank's flattened slice of the parameter.
+    """
+    columns = 1 if len(spec.shape) == 1 else spec.shape[1] // (tp.size if spec.shard_dim == 1 else 1)
+    for row, column, num_rows, num_columns in rectangles(start, start + len(memory), columns):
+        for part in parts_of(spec, tp.rank, tp.size):
+            first, stop = max(row, part.first_row), min(row + num_rows, part.first_row + part.num_rows)
+            if first < stop:
+                offsets = (part.row + first - part.first_row, part.column + column)
+                sizes = (stop - first, num_columns)
+                data = memory[first * columns + column - start :][: sizes[0] * sizes[1]]
+                dims = len(spec.shape)
+                yield Box(part.name, part.shape, offsets[:dims], data.view(sizes[:dims]))
+
+
+class Held(NamedTuple):
+    """What of a parameter this rank's optimizer holds."""
+
+    master: Tensor
+    """One of its parameters, the key to its state."""
+    first: int
+    """Of the held range in the flattened master."""
+    start: int
+    """Of the held range in this rank's flattened slice of the parameter."""
+    length: int
+
+
+def held_state(training: Training, tied_copies: bool) -> Iterator[tuple[str, Held]]:
+    """By global name, for each kind of DeepSpeed optimizer; under ZeRO a rank may hold nothing of a parameter.
+
+    Args:
+        tied_copies: include weights whose original is on another stage.
+    """
+    groups, copies = training.engine.basic_optimizer.param_groups, dict(fp16_copies(training.engine.optimizer))
+    for name, parameter in training.module.global_parameters():
+        if getattr(parameter, "ds_pipe_replicated", False) and not tied_copies:
+            continue
+        if not hasattr(parameter, "_hp_mapping"):
+            yield name, Held(copies.get(parameter, parameter), 0, 0, parameter.numel())
+        elif (mapping := parameter._hp_mapping) is not None:  # flat copies, split over replicas
+            (flat,) = groups[mapping.param_group_index]["params"]
+            held, own = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield name, Held(flat, own.start, held.start, held.numel)
+
+
+def fp16_copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Parameters and their fp32 copies in DeepSpeed's optimizer for fp16 without ZeRO; nothing in others."""
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for parameters, copies in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(parameters, copies, strict=True)
+
+
+def state_boxes(training: Training, config: RunConfig, tied_copies: bool) -> Iterator[Box]:
+    """All that this rank's optimizer holds, `tied_copies` as in `held_state`."""
+    table, state = parameter_table(config.model), training.engine.basic_optimizer.state
+    for name, held in held_state(training, tied_copies):
+        tensors = {"weight": held.master.detach(), **state[held.master]}
+        for kind in state_kinds(config.train):
+            memory = tensors[kind].view(-1)[held.first : held.first + held.length]
+            for box in boxes_of(table[name], training.tp, held.start, memory):
+                yield replace(box, name=f"{kind}/{box.name}")
+
+
+def tensor_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint has."""
+    parts = [part for spec in parameter_table(config.model).values() for part in parts_of(spec, 0, 1)]
+    return {f"{kind}/{part.name}": part.shape for kind in state_kinds(config.train) for part in parts}
+
+
+def save_checkpoint(
+    folder: Path, training: Training, config: RunConfig, step: int, group: dist.ProcessGroup | None
+) -> None:
+    """Write the checkpoint of a step into `folder` and drop the oldest; a collective call of all ranks.
+
+    Args:
+        group: all ranks, over gloo; None for the default one.
+
+    Raises:
+        OSError: it can't be written; the others stay as they are.
+    """
+    target = directory_of(folder, step)
+    unfinished = folder / f".{target.name}"
+    first = dist.get_rank() == 0
+    if first:
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+    dist.barrier(group)
+    open_state(training.engine.basic_optimizer)
+    planner = BoxSavePlanner(state_boxes(training, config, tied_copies=False))
+    try:
+        save({}, storage_writer=Writer(unfinished), planner=planner, process_group=group)
+        files = _own_files(unfinished, group)
+        if first:
+            write_json(unfinished / META, _meta(training, config, step, files).model_dump())
+            _sync(unfinished)
+            unfinished.rename(target)
+            _sync(folder)
+            for outdated in complete_checkpoints(folder)[: -config.train.keep_checkpoints]:
+                shutil.rmtree(outdated.rename(folder / f".{outdated.name}"))
+    except (CheckpointException, OSError) as failure:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise _write_error(target, failure) from failure
+
+
+def _own_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, FileRecord]:
+    """Size and checksum of all files, on rank 0."""
+    rank = dist.get_rank()
+    names = [f"__{rank}_*", ".metadata"] if rank == 0 else [f"__{rank}_*"]
+    own = {
+        file.name: FileRecord(num_bytes=file.stat().st_size, crc32=checksum(file))
+        for name in names
+        for file in directory.glob(name)
+    }
+    gathered: list[dict[str, FileRecord]] | None = [{} for _ in range(dist.get_world_size())] if rank == 0 else None
+    dist.gather_object(own, gathered, dst=0, group=group)
+    return {name: record for records in gathered or () for name, record in sorted(records.items())}
+
+
+def _meta(training: Training, config: RunConfig, step: int, files: dict[str, FileRecord]) -> Meta:
+    engine = training.engine
+    scaler = _loss_scaler(engine.optimizer)
+    return Meta(
+        format=FORMAT,
+        step=step,
+        optimizer_step=next((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), 0),
+        scheduler_step=engine.lr_scheduler.last_epoch,
+        loss_scale={key: getattr(scaler, key) for key in LOSS_SCALE_KEYS if hasattr(scaler, key)},
+        files=files,
+        config=SavedConfig(**config.model_dump(mode="json")),
+    )
+
+
+def _loss_scaler(optimizer: Any) -> Any:
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+
+def _sync(directory: Path) -> None:
+    """Names in a directory reach the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _write_error(target: Path, failure: BaseException) -> OSError:
+    """Why a checkpoint could not be written, in one sentence."""
+    cause, earlier = _cause(failure), complete_checkpoints(target.parent)
+    reason = cause.strerror if isinstance(cause, OSError) else cause
+    rest = f"; {earlier[-1].name} is the newest there" if earlier else ""
+    return OSError(f"checkpoint {target} can't be written: {reason}{rest}")
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """The first error of any rank."""
+    return next(iter(failure.failures.values()))[0] if isinstance(failure, CheckpointException) else failure
+
+
+def load_checkpoint(checkpoint: Path, training: Training, config: RunConfig, group: dist.ProcessGroup | None) -> int:
+    """Restore the training of a checkpoint in this layout, and return its step; a collective call of all ranks.
+
+    Args:
+        group: all ranks, over gloo; None for the default one.
+
+    Raises:
+        ConfigError: the checkpoint is damaged or of another model.
+    """
+    meta, engine = read_meta(checkpoint), training.engine
+    reader = FileSystemReader(checkpoint)
+    check_tensors(checkpoint, reader.read_metadata(), tensor_shapes(config))
+    open_state(engine.basic_optimizer)
+    planner = BoxLoadPlanner(state_boxes(training, config, tied_copies=True))
+    try:
+        load({}, storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointException as failure:
+        raise ConfigError(f"train.resume={str(checkpoint)!r} can't be read: {_cause(failure)}") from failure
+    for parameter, copy in fp16_copies(engine.optimizer):
+        parameter.data.copy_(copy.data)
+    if hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()
+    engine.lr_scheduler.last_epoch = meta.scheduler_step - 1
+    engine.lr_scheduler.step()  # sets the learning rate
+    for state in filter(None, engine.basic_optimizer.state.values()):
+        state["step"].fill_(meta.optimizer_step)
+    for key, value in meta.loss_scale.items():
+        setattr(_loss_scaler(engine.optimizer), key, value)
+    engine.global_steps = meta.step  # dropout draws by it
+    return meta.step
+
+
+def check_tensors(checkpoint: Path, metadata: Metadata, expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint with other tensors than the model's.
+
+    Raises:
+        ConfigError: one is missing, too much, or of another shape.
+    """
+    found = {name: tuple(getattr(saved, "size", ())) for name, saved in metadata.state_dict_metadata.items()}
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"train.resume={str(checkpoint)!r} does not fit the model: {len(different)} tensors differ, the first is "
+            f"{name} with shape {found.get(name, 'none')} instead of {expected.get(name, 'none')}"
+        )
+
+
+def open_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's state as its first step would, where it has taken none."""
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if isinstance(optimizer, torch.optim.AdamW) and not optimizer.state[parameter]:
+            moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0, device=parameter.device), **moments}
+
+
+class BoxSavePlanner(DefaultSavePlanner):
+    """Writes boxes; one that several ranks hold is written by one of them."""
+
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._boxes = {box.index: box for box in boxes}
+
+    def create_local_plan(self) -> SavePlan:
+        """What this rank could write."""
+        return SavePlan([_write_item(box) for box in self._boxes.values()])
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """Memory of a box."""
+        return self._boxes[index].data
+
+
+def _write_item(box: Box) -> WriteItem:
+    properties, shape = TensorProperties.create_from_tensor(box.data), torch.Size(box.shape)
+    return WriteItem(box.index, WriteItemType.SHARD, tensor_data=TensorWriteData(box.chunk, properties, shape))
+
+
+class Writer(FileSystemWriter):
+    """Leaves checksums to us, and tells why the disk does not take a file, which torch's own error hides."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file."""
+        computes_crc32 = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise error.__context__ or error from None
+        finally:
+            torch.serialization.set_crc32_options(computes_crc32)
+
+
+class BoxLoadPlanner(DefaultLoadPlanner):
+    """Fills boxes from whatever boxes were written."""
+
+    metadata: Any
+
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._boxes = {box.index: box for box in boxes}
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this rank needs."""
+        saved = self.metadata.state_dict_metadata
+        items = [create_read_items_for_chunk_list(b.name, saved[b.name], [b.chunk]) for b in self._boxes.values()]
+        return LoadPlan([item for of_box in items for item in of_box])
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Memory of a box."""
+        return self._boxes[index].data

@@ -1,0 +1,303 @@
+"""Does a layout compute the training of one rank?
+
+A layout is compared with a plain-torch reference in float64 that has no parallelism and none of our loss,
+clipping or accumulation: from the same weights, random in every parameter, and the same samples, some of
+whose targets are masked. Compared are
+
+- the loss and the gradient of every parameter, read just before the optimizer instruction, and the global
+  norm before clipping (a wrong collective, slice, bias, scale or missing reduction);
+- the weights after several steps of plain SGD, with and without clipping (a wrong scale or clip, a step
+  taken twice);
+- the moments of AdamW after one step.
+
+A difference is judged by its norm over the norm of the reference, or over 1e-3 of the largest such norm
+of its kind where that is greater: a gradient that is zero in theory (GPT-2's key bias) has no scale of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.pipe.schedule import OptimizerStep
+from torch import Tensor
+
+from harness.config import Model, RunConfig
+from harness.model.families import build_layers
+from harness.model.groups import TensorParallel
+from harness.model.weights import load_full, parameter_table, unshard
+from harness.run.build import before, build_training
+from harness.run.data import IGNORE_INDEX, micro_batches
+from harness.run.deepspeed_config import clips_by_itself
+from harness.run.optimizer import build_learning_rate, build_optimizer
+
+SGD_STEPS = 3
+SMALLEST_SCALE = 1e-3
+"""Of the largest norm of a kind: the least a difference is measured against."""
+
+ROUNDING = 2.0**-24
+"""Half a unit in the last place of fp32: each step rounds every weight by up to that share of itself."""
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The worst difference of one kind."""
+
+    kind: str
+    worst: str
+    """Parameter, and where it lives."""
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+# Rounding to p bits errs by 2^-p at most; a sum of independent roundings through a few layers stays within
+# some tens of that. fp32 (2^-24 = 6e-8) is given 1e-5, a hundredth of the smallest defect worth catching, a
+# factor of 1.001. bf16 (2^-8 = 4e-3) can only catch errors of several per cent.
+TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+
+
+class MaskedSamples:
+    """Random tokens, every seventh target left out of the loss."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def sample(self, step: int, number: int) -> npt.NDArray[np.int64]:
+        """Tokens `[sequence_length + 1]`."""
+        train = self._config.train
+        generator = np.random.default_rng([train.seed, step, number])
+        tokens = generator.integers(0, self._config.model.vocab_size, train.sequence_length + 1)
+        tokens[1:][generator.random(train.sequence_length) < 1 / 7] = IGNORE_INDEX
+        return tokens
+
+    def num_valid_tokens(self, step: int) -> int:
+        """Unmasked targets of the global batch."""
+        numbers = range(self._config.train.global_batch_size)
+        return sum(int((self.sample(step, number)[1:] >= 0).sum()) for number in numbers)
+
+
+def random_weights(model: Model, seed: int) -> Tensors:
+    """Full weights in float32, random in every parameter: fresh biases of zero would hide wrong slices."""
+    weights = {}
+    for index, (name, spec) in enumerate(parameter_table(model).items()):
+        generator = torch.Generator().manual_seed(seed * 100_003 + index)
+        noise = torch.randn(spec.shape, generator=generator)
+        weights[name] = {"ones": 1 + 0.1 * noise, "zeros": 0.1 * noise}.get(spec.init, 0.05 * noise)
+    return weights
+
+
+class Reference:
+    """One rank of plain torch in float64."""
+
+    def __init__(self, config: RunConfig, weights: Tensors) -> None:
+        self.config = config
+        # Rounded as the layout's are, then exact.
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+        single = TensorParallel.single()
+        self.model = build_layers(config.model, single).double()
+        load_full(
+            self.model.named_parameters(),
+            parameter_table(config.model),
+            lambda name: weights[name].to(dtype).double(),
+            single,
+        )
+        self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.optimizer = build_optimizer(config.train, self.model.parameters())
+        self.learning_rate = build_learning_rate(config.train, self.optimizer)
+
+    def step(self, step: int) -> tuple[float, Tensors, float]:
+        """One optimizer step: loss, gradients and their norm, both before clipping."""
+        samples, train = MaskedSamples(self.config), self.config.train
+        valid, loss = samples.num_valid_tokens(step), 0.0
+        self.optimizer.zero_grad()
+        for number in range(train.global_batch_size):
+            tokens = torch.from_numpy(samples.sample(step, number))[None]
+            logits = self.model(tokens[:, :-1].clamp(min=0))[..., : self.config.model.vocab_size]
+            part = F.cross_entropy(logits[0], tokens[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum") / valid
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        if train.gradient_clipping > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clipping)
+        self.optimizer.step()
+        self.learning_rate.step()
+        return loss, gradients, float(norm)
+
+    def state(self, key: str) -> Tensors:
+        """Optimizer state of every parameter, or `update`, how far its weights have come."""
+        if key == "update":
+            return {name: p.detach() - self.initial[name] for name, p in self.model.named_parameters()}
+        return {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}
+
+
+class Layout:
+    """The engine under test, with the same interface as `Reference`; a step is a collective call."""
+
+    def __init__(self, config: RunConfig, weights: Tensors, rank: int) -> None:
+        self.config, self.rank = config, rank
+        self._plain = not clips_by_itself(config)  # torch's optimizer works on the parameters themselves
+        self.training = build_training(config, rank, weights.__getitem__)
+        self.gradients: Tensors = {}
+        self.initial = self._weights()
+        self._read_gradients_before_optimizer()
+        samples = MaskedSamples(config)
+        self._data = micro_batches(config, samples, self.training.topology.coordinate(rank).dp)
+
+    def _read_gradients_before_optimizer(self) -> None:
+        def read() -> None:
+            self.gradients = self._full_gradients()
+
+        before(self.training.engine, OptimizerStep, read)
+
+    def _full_gradients(self) -> Tensors:
+        """This rank's slices, whole over data-parallel ranks."""
+        gradients = {}
+        for name, parameter in self.training.module.global_parameters():
+            gradient = parameter.grad if self._plain else deepspeed.utils.safe_get_full_grad(parameter)
+            gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+        return gradients
+
+    def step(self, step: int) -> tuple[float, Tensors, float]:
+        """One optimizer step: loss, this rank's gradients and the global norm, both before clipping."""
+        loss = float(self.training.engine.train_batch(data_iter=self._data))
+        norm = self.training.global_gradient_norm()
+        return loss, self.gradients, float("nan") if norm is None else norm
+
+    def state(self, key: str) -> Tensors:
+        """This rank's slices of the optimizer state, or of `update`, how far the weights have come."""
+        if key == "update":
+            return {name: weight - self.initial[name] for name, weight in self._weights().items()}
+        optimizer = self.training.engine.optimizer
+        if not self._plain:  # DeepSpeed links the state of the first parameter group only
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        return {
+            name: optimizer.state[p][key] if self._plain else deepspeed.utils.safe_get_full_optimizer_state(p, key)
+            for name, p in self.training.module.global_parameters()
+        }
+
+    def _weights(self) -> Tensors:
+        """This rank's slices, in the optimizer's precision."""
+        return {
+            name: (p.detach() if self._plain else deepspeed.utils.safe_get_full_fp32_param(p)).clone()
+            for name, p in self.training.module.global_parameters()
+        }
+
+    def gather(self, local: Tensors) -> Tensors | None:
+        """Full tensors on rank 0, `name @ stage s, replica d` for each copy; a collective call.
+
+        Copies that differ over tensor-parallel ranks, where they must be equal, become NaN.
+        """
+        mine = {name: tensor.detach().double().cpu() for name, tensor in local.items()}
+        ranks: list[Tensors] | None = [{} for _ in range(dist.get_world_size())] if self.rank == 0 else None
+        dist.gather_object(mine, ranks, dst=0)
+        if ranks is None:
+            return None
+        table, topology, full = parameter_table(self.config.model), self.training.topology, {}
+        for group in topology.groups("tp"):
+            at = topology.coordinate(group[0])
+            for name in ranks[group[0]]:
+                slices = [ranks[r][name] for r in group]
+                whole = unshard(slices, table[name])
+                if table[name].shard_dim is None and not all(torch.equal(s, whole) for s in slices):
+                    whole = torch.full_like(whole, torch.nan)
+                full[f"{name} @ stage {at.pp}, replica {at.dp}"] = whole
+        return full
+
+
+def compare(
+    kind: str,
+    measured: Mapping[str, Tensor],
+    expected: Tensors,
+    tolerance: float,
+    allowance: Mapping[str, float] | None = None,
+) -> Comparison:
+    """The worst tensor of a kind; names of `measured` are `name @ where`.
+
+    Args:
+        allowance: norm of a difference that rounding alone explains, by name.
+    """
+    norms = {name: float(torch.linalg.vector_norm(tensor)) for name, tensor in expected.items()}
+    smallest = SMALLEST_SCALE * max(norms.values())
+    missing = set(expected) - {key.split(" @ ")[0] for key in measured}
+    if missing:
+        return Comparison(kind, f"{min(missing)} is missing", float("nan"), tolerance)
+    errors = {}
+    for key, tensor in measured.items():
+        name = key.split(" @ ")[0]
+        difference = float(torch.linalg.vector_norm(tensor.double() - expected[name]))
+        excess = difference - (allowance or {}).get(name, 0.0)
+        errors[key] = 0.0 if excess < 0 else excess / max(norms[name], smallest)  # NaN stays
+    worst = max(errors, key=lambda key: float("inf") if errors[key] != errors[key] else errors[key])
+    return Comparison(kind, worst, errors[worst], tolerance)
+
+
+def compare_number(kind: str, measured: float, expected: float, tolerance: float) -> Comparison:
+    """Two numbers."""
+    return Comparison(kind, f"{measured:.9g}, expected {expected:.9g}", abs(measured / expected - 1), tolerance)
+
+
+def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
+    """Compare the layout of `config` with one rank; a collective call, the answer is rank 0's.
+
+    The model should be small (`harness.plan.twin`); every rank holds its full weights.
+    """
+    weights = random_weights(config.model, config.train.seed)
+    variants: dict[str, tuple[dict[str, Any], int]] = {
+        "AdamW": ({"optimizer": "adamw"}, 1),
+        "SGD": ({"optimizer": "sgd", "gradient_clipping": 0.0}, SGD_STEPS),
+        "SGD, clipped": ({"optimizer": "sgd", "gradient_clipping": 0.5}, SGD_STEPS),
+    }
+    results = []
+    for label, (changes, steps) in variants.items():
+        changes = {"learning_rate_warmup_steps": 0, "learning_rate": 0.1 if "SGD" in label else 1e-3, **changes}
+        variant = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+        results += _check_variant(label, variant, weights, steps, rank)
+        gc.collect()  # engines are full of cycles, and gloo's threads and connections end with the last reference
+    return results
+
+
+def _check_variant(label: str, config: RunConfig, weights: Tensors, steps: int, rank: int) -> list[Comparison]:
+    """Some steps of one optimizer setting."""
+    layout = Layout(config, weights, rank)
+    reference = Reference(config, weights) if rank == 0 else None
+    tolerance, results = TOLERANCE[config.train.precision], []
+    for step in range(steps):
+        loss, local_gradients, norm = layout.step(step)
+        gradients = layout.gather(local_gradients)
+        if reference is not None and gradients is not None:
+            expected_loss, expected_gradients, expected_norm = reference.step(step)
+            if step == 0:
+                results.append(compare_number(f"{label}: loss", loss, expected_loss, tolerance))
+                results.append(compare(f"{label}: gradient", gradients, expected_gradients, tolerance))
+                results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, tolerance))
+    for kind in ("exp_avg", "exp_avg_sq") if config.train.optimizer == "adamw" else ("update",):
+        measured = layout.gather(layout.state(kind))
+        if reference is not None and measured is not None:
+            rounding = steps * ROUNDING if kind == "update" else 0.0
+            expected = reference.state(kind)
+            allowance = {name: rounding * float(w.norm()) for name, w in reference.initial.items()}
+            results.append(compare(f"{label}: {kind} after {steps} steps", measured, expected, tolerance, allowance))
+    layout.training.destroy()
+    return results
+
+
+def worst_error(comparisons: Iterable[Comparison]) -> float:
+    """Largest error over its tolerance decides; returned is that comparison's error."""
+    return max(comparisons, key=lambda c: float("inf") if c.error != c.error else c.error / c.tolerance).error

@@ -1,0 +1,38 @@
+"""The span file of one rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from harness.clock import ClockOffset
+from harness.timeline import Span, span_lines
+
+
+class SpanWriter:
+    """Writes a header, spans, and a last line that says there are no more.
+
+    Args:
+        header: who the rank is.
+        clock_offset: of its clock as the run starts.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], clock_offset: ClockOffset) -> None:
+        path.parent.mkdir(exist_ok=True)
+        self._file = path.open("w")
+        self._num_spans = 0
+        clock = {"clock": "CLOCK_MONOTONIC, nanoseconds", "clock_offset_start": clock_offset}
+        self._file.write(json.dumps(header | clock) + "\n")
+
+    def write(self, spans: Iterable[Span]) -> None:
+        """Add spans of one step."""
+        lines = list(span_lines(spans))
+        self._num_spans += len(lines)
+        self._file.writelines(lines)
+
+    def close(self, clock_offset: ClockOffset) -> None:
+        """End the file, with the offset of the rank's clock as the run ends."""
+        self._file.write(json.dumps({"clock_offset_end": clock_offset, "num_spans": self._num_spans}) + "\n")
+        self._file.close()

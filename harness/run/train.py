@@ -1,0 +1,286 @@
+"""The training loop of one rank, and the measurement around it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.breakdown import breakdown, read_run
+from harness.checkpoints import FOLDER
+from harness.clock import to_reference
+from harness.config import RunConfig
+from harness.corpus import Corpus, prepare_corpus
+from harness.counts import stage_counts, training_flops_per_token
+from harness.machine import Machine, detect_machine
+from harness.plan.hardware import peak_flops_per_second
+from harness.plan.memory import memory_beside_measured
+from harness.record.metrics import (
+    StepRecord,
+    flops_beside_peers,
+    layout_columns,
+    metrics_line,
+    summarize,
+    tokens_per_step,
+)
+from harness.record.store import Attempt, write_json
+from harness.record.summary import print_summary
+from harness.run.build import Training, build_training
+from harness.run.checkpoint import load_checkpoint, save_checkpoint
+from harness.run.clock import measure_clock_offset
+from harness.run.data import CorpusSamples, micro_batches
+from harness.run.evaluate import Evaluation
+from harness.run.gemm import gemm_flops_per_second
+from harness.run.heartbeat import attach_heartbeat
+from harness.run.span_writer import SpanWriter
+from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
+from harness.timeline import STEP, Bubble, Span, StageActivity, activity, measured_bubble
+from harness.topology import Topology
+
+
+def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
+    """Train as configured and write metrics.jsonl, spans/ and, when every rank is done, result.json."""
+    machine = detect_machine()
+    device = set_up_device(config, machine)
+    training = build_training(config, rank)
+    if rank == 0:
+        write_json(attempt.ds_config_file, training.settings)
+    corpus = share_corpus(config, rank)
+    tracer = Tracer(build_clock(machine.device_kind), nested=config.tracking.trace_level == "collectives")
+    tracer.attach(training.engine)
+    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, attempt.path, rank)
+    loop = Loop(attempt, config, rank, training, tracer, device, Evaluation(config, corpus, training, rank))
+    done = load_checkpoint(Path(config.train.resume), training, config, loop.group) if config.train.resume else 0
+    if rank == 0 and done:
+        print(f"goes on after step {done}, from {config.train.resume}", flush=True)
+    data = micro_batches(config, CorpusSamples(config, corpus), training.topology.coordinate(rank).dp, first_step=done)
+    for step in range(done + 1, config.train.steps + 1):
+        loop.step(step, data)
+        if is_due(config.train.checkpoint_interval, step, config):
+            save_checkpoint(attempt.path / FOLDER, training, config, step, loop.group)
+    loop.close()
+    gemm = gemm_flops_per_second(config, machine, device, model_flops_per_second(config, loop.records))
+    dist.barrier()  # the result stands for all ranks
+    if rank == 0:
+        write_result(attempt, config, machine, training, loop.records, loop.peak_bytes, gemm)
+
+
+def is_due(interval: int, step: int, config: RunConfig) -> bool:
+    """Whether a step ends with what happens at intervals and after the last step; interval 0: never."""
+    return interval > 0 and (step % interval == 0 or step == config.train.steps)
+
+
+def model_flops_per_second(config: RunConfig, records: Sequence[StepRecord]) -> float:
+    """Model FLOP/s of one rank in the median timed step; 0 on ranks that keep no records."""
+    seconds = [record.step_seconds for record in records[config.train.warmup_steps :]]
+    flops = tokens_per_step(config) * training_flops_per_token(config.model, config.train.sequence_length)
+    return flops / config.parallel.world_size / median(seconds) if seconds else 0.0
+
+
+def share_corpus(config: RunConfig, rank: int) -> Corpus:
+    """The prepared corpus: rank 0 reads the text, or finds it in the cache, and tells the others."""
+    shared = [prepare_corpus(config.data, config.model.vocab_size, config.train.sequence_length) if rank == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    assert shared[0] is not None
+    return shared[0]
+
+
+def set_up_device(config: RunConfig, machine: Machine) -> torch.device:
+    """Threads of the rank, and its device."""
+    torch.set_num_threads(config.launch.threads_per_rank)
+    if machine.device_kind == "cpu":
+        return torch.device("cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+class Loop:
+    """Steps of one rank: train, measure, and bring every rank's numbers to rank 0."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        config: RunConfig,
+        rank: int,
+        training: Training,
+        tracer: Tracer,
+        device: torch.device,
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        self.config, self.rank, self.training, self.tracer, self.device = config, rank, training, tracer, device
+        self.records: list[StepRecord] = []
+        self.peak_bytes: list[int] = []
+        """By rank, so far; known to rank 0."""
+        # What ranks tell each other for the record travels over gloo, also where the model uses NCCL.
+        self.group = None if device.type == "cpu" else dist.new_group(backend="gloo")
+        self._evaluation = evaluation
+        self._steps_done = 0
+        self._clock_offset = measure_clock_offset(self.group)
+        self._to_reference = to_reference(self._clock_offset)
+        header = {"rank": rank, **training.topology.coordinate(rank)._asdict()}
+        self._spans = SpanWriter(attempt.spans_file(rank), header, self._clock_offset)
+        self._metrics = attempt.metrics_file.open("w") if rank == 0 else None
+        self._started = time.monotonic()
+        gc.freeze()  # a full collection over all that imports have made takes 0.1 s, in the middle of some step
+
+    def step(self, step: int, data: Any) -> None:
+        """One optimizer step (counted from 1), and an evaluation where one is due."""
+        engine = self.training.engine
+        learning_rate = engine.get_lr()[0]
+        self.tracer.start_step()
+        start = time.monotonic_ns()
+        loss = float(engine.train_batch(data_iter=data))  # waits for the device
+        end = time.monotonic_ns()
+        spans = self.tracer.spans(step)
+        self._steps_done += 1
+        tracking = self.config.tracking
+        is_kept = 0 < self._steps_done - self.config.train.warmup_steps <= tracking.span_steps
+        if is_kept or step in tracking.trace_steps:
+            self._spans.write([*spans, Span(step, STEP, -1, start, end)])
+        norm = self.training.global_gradient_norm()
+        gathered = self._gather(end - start, activity(spans))
+        eval_loss = self._evaluate(step)
+        if gathered is not None:
+            self._record(step, loss, learning_rate, norm, eval_loss, gathered)
+
+    def _evaluate(self, step: int) -> float | None:
+        """Loss on the held-out samples where a step ends with an evaluation."""
+        if self._evaluation is None or not is_due(self.config.train.eval_interval, step, self.config):
+            return None
+        return self._evaluation.loss()
+
+    def _gather(self, seconds_ns: int, own: StageActivity) -> list[tuple[int, int, StageActivity]] | None:
+        """(step nanoseconds, peak bytes, activity) of all ranks, on rank 0."""
+        numbers = [
+            seconds_ns,
+            peak_memory_bytes(self.device),
+            self._to_reference(own.first_forward_start_ns),
+            self._to_reference(own.last_backward_end_ns),
+            round(own.forward_seconds * 1e9),
+            round(own.backward_seconds * 1e9),
+        ]
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        received = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if self.rank == 0 else None
+        dist.gather(mine, received, dst=0, group=self.group)
+        if received is None:
+            return None
+        rows = [tensor.tolist() for tensor in received]
+        return [(row[0], row[1], StageActivity(row[2], row[3], row[4] / 1e9, row[5] / 1e9)) for row in rows]
+
+    def _record(
+        self,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        norm: float | None,
+        eval_loss: float | None,
+        ranks: Sequence[tuple[int, int, StageActivity]],
+    ) -> None:
+        """Rank 0: one line of metrics.jsonl, one line for the user."""
+        pipelines = group_by_stage(self.training.topology, [rank_activity for _, _, rank_activity in ranks])
+        stages = [[a for pipeline in pipelines for a in pipeline[s]] for s in range(self.config.parallel.pp)]
+        record = StepRecord(
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            step_seconds=max(seconds for seconds, _, _ in ranks) / 1e9,
+            bubble=mean_bubble([measured_bubble(pipeline) for pipeline in pipelines]),
+            forward_seconds=[sum(a.forward_seconds for a in stage) / len(stage) for stage in stages],
+            backward_seconds=[sum(a.backward_seconds for a in stage) / len(stage) for stage in stages],
+            peak_memory_bytes=max(peak for _, peak, _ in ranks),
+            eval_loss=eval_loss,
+        )
+        self.records.append(record)
+        self.peak_bytes = [peak for _, peak, _ in ranks]
+        assert self._metrics is not None
+        line = metrics_line(record, self.config)
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        left = (time.monotonic() - self._started) / self._steps_done * (self.config.train.steps - step)
+        evaluated = f"  held-out loss {eval_loss:.4f}" if eval_loss is not None else ""
+        print(
+            f"step {step:>{len(str(self.config.train.steps))}}/{self.config.train.steps}  loss {loss:.4f}  "
+            f"{line['perf/tokens_per_second']:,.0f} tokens/s  {left:.0f} s left{evaluated}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Close this rank's files; a collective call of all ranks."""
+        self._spans.close(measure_clock_offset(self.group))
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def group_by_stage(topology: Topology, ranks: Sequence[StageActivity]) -> list[list[list[StageActivity]]]:
+    """Activities by [replica][stage][tensor-parallel rank]."""
+    return [
+        [[ranks[topology.rank(pp, dp, tp)] for tp in range(topology.tp)] for pp in range(topology.pp)]
+        for dp in range(topology.dp)
+    ]
+
+
+def mean_bubble(bubbles: Sequence[Bubble]) -> Bubble:
+    """Mean over pipelines."""
+    count = len(bubbles)
+    return Bubble(
+        fraction=sum(b.fraction for b in bubbles) / count,
+        overhead=sum(b.overhead for b in bubbles) / count,
+        seconds=sum(b.seconds for b in bubbles) / count,
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: allocated by torch on a GPU, resident in RAM on CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_result(
+    attempt: Attempt,
+    config: RunConfig,
+    machine: Machine,
+    training: Training,
+    records: list[StepRecord],
+    peak_bytes: list[int],
+    gemm: float,
+) -> None:
+    """result.json, and the summary for the user."""
+    peak = peak_flops_per_second(config, machine)
+    row = layout_columns(config) | summarize(
+        config, records, gemm_flops_per_second=gemm, peak_flops_per_second=peak, machine=machine
+    )
+    timed = records[config.train.warmup_steps :]
+    counts = stage_counts(config, training.blocks_per_stage)
+    stages = [
+        {
+            "stage": stage,
+            **asdict(counts[stage]),
+            "forward_seconds": sum(r.forward_seconds[stage] for r in timed) / len(timed) / config.num_micro_batches,
+            "backward_seconds": sum(r.backward_seconds[stage] for r in timed) / len(timed) / config.num_micro_batches,
+        }
+        for stage in range(config.parallel.pp)
+    ]
+    result = {
+        "row": row,
+        "stages": stages,
+        "gemm_flops_per_second": gemm,
+        "peak_flops_per_second": peak,
+        "flops_conventions": flops_beside_peers(config, row["tokens_per_second_per_device"], peak),
+        "memory": memory_beside_measured(config, training.blocks_per_stage, peak_bytes, machine.device_kind),
+        "optimizer": type(training.engine.optimizer).__name__,
+        **breakdown(read_run(attempt, config)),
+    }
+    write_json(attempt.result_file, result)
+    print_summary(config, result)

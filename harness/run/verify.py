@@ -1,0 +1,51 @@
+"""The parity check of one layout, as one rank runs it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from harness.config import RunConfig
+from harness.plan.twin import reductions, twin_of
+from harness.record.store import Attempt, write_json
+from harness.run.parity import Comparison, check_parity, worst_error
+
+
+def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:
+    """Compare the small twin of the configured model with one rank, and write what came of it to result.json."""
+    twin = twin_of(config)
+    comparisons = check_parity(twin, rank)
+    if rank != 0:
+        return
+    passed = all(comparison.passed for comparison in comparisons)
+    result: dict[str, Any] = {
+        "parity": "pass" if passed else "fail",
+        "parity_max_error": worst_error(comparisons),
+        "comparisons": [{**asdict(comparison), "passed": comparison.passed} for comparison in comparisons],
+        "reduced": reductions(config, twin),
+    }
+    _print(config, comparisons, result["reduced"])
+    write_json(attempt.result_file, result)
+
+
+def _print(config: RunConfig, comparisons: list[Comparison], reduced: dict[str, tuple[object, object]]) -> None:
+    """The worst parameter of each kind, and what the twin left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{config.model.name} {config.slug} {config.train.precision} against one rank in float64")
+    table.add_column("compared")
+    table.add_column("worst")
+    table.add_column("error", justify="right")
+    table.add_column("allowed", justify="right")
+    table.add_column("")
+    for comparison in comparisons:
+        verdict = "ok" if comparison.passed else "[bold red]FAIL[/]"
+        table.add_row(
+            comparison.kind, comparison.worst, f"{comparison.error:.1e}", f"{comparison.tolerance:.0e}", verdict
+        )
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    if reduced:
+        changes = ", ".join(f"{key} {before} -> {after}" for key, (before, after) in reduced.items())
+        console.print(f"Checked on a small twin of the model: {changes}.", highlight=False)

@@ -1,0 +1,11 @@
+"""Measure the communication of a layout's groups: `python launchers/comm_bench.py [OVERRIDE ...]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.launch.comm_bench import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Linters and tests: those of a few minutes, or with --all the long matrices and chaos too.
+# Further arguments go to pytest, for instance: ./launchers/test.sh -k partition
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+marks="not slow"
+if [[ "${1:-}" == "--all" ]]; then
+  marks=""
+  shift
+fi
+source launchers/setup.sh
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+exec pytest -m "$marks" "$@"

@@ -1,0 +1,146 @@
+"""What the harness costs: its training loop beside a bare DeepSpeed `PipelineModule` loop.
+
+    python tests/benchmarks/overhead.py [--pairs N] [OVERRIDE ...]
+
+Both engines live in the same processes and take turns step by step, on the same layers, data and threads.
+The bare one is `train_batch` with nothing of ours around it; the other is the harness as users run it:
+tracer, metrics, global gradient norm, live line. Compared is the wall time of a step, the slowest rank's,
+as the median of paired ratios: on shared hardware, runs compared with runs differ by more than what is
+measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+LAYOUTS = ("parallel.pp=1", "parallel.pp=2")
+
+
+def main() -> None:
+    """Start the ranks of each layout and print the table."""
+    from distributed import run_ranks
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    print(f"{'layout':<16}{'bare tokens/s':>14}{'harness':>10}{'ratio of tokens/s':>19}{'95 % interval':>18}")
+    for number, layout in enumerate(LAYOUTS, start=1):
+        case = {"overrides": [*arguments.overrides, layout], "pairs": arguments.pairs}
+        with tempfile.TemporaryDirectory() as folder:
+            answer = run_ranks(number, "benchmarks.overhead", case, Path(folder))
+        low, high = median_interval(answer["ratios"])
+        bare, harness = (answer["tokens"] / statistics.median(answer[key]) for key in ("bare", "harness"))
+        ratio = statistics.median(answer["ratios"])
+        print(f"{layout:<16}{bare:>14,.0f}{harness:>10,.0f}{ratio:>19.4f}{f'{low:.4f}-{high:.4f}':>18}", flush=True)
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Distribution-free 95 % interval of the median: order statistics n/2 -+ 0.98 sqrt(n)."""
+    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
+    low = max(0, int(len(values) / 2 - half))
+    high = min(len(values) - 1, int(len(values) / 2 + half))
+    return ordered[low], ordered[high]
+
+
+def rank_main() -> None:
+    """One rank: alternate the two engines."""
+    import torch
+    import torch.distributed as dist
+    from distributed import read_argument, write_answer
+    from helpers import make_config
+
+    from harness.machine import detect_machine
+    from harness.record.store import Attempt
+    from harness.run.build import build_training
+    from harness.run.data import CorpusSamples, micro_batches
+    from harness.run.tracer import HostClock, Tracer
+    from harness.run.train import Loop, share_corpus
+    from harness.run.worker import initialize_distributed
+
+    case = read_argument()
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    config = make_config(*case["overrides"], machine=detect_machine())
+    torch.set_num_threads(config.launch.threads_per_rank)
+    samples = CorpusSamples(config, share_corpus(config, rank))
+    bare, training = build_bare(config, rank), build_training(config, rank)
+    tracer = Tracer(HostClock())
+    tracer.attach(training.engine)
+    attempt = Attempt(Path(sys.argv[1]))
+    loop = Loop(attempt, config, rank, training, tracer, torch.device("cpu"))
+    bare_data, data = (micro_batches(config, samples, dp_rank=0) for _ in range(2))
+
+    def bare_step(step: int) -> None:
+        float(bare.train_batch(data_iter=bare_data))
+
+    def harness_step(step: int) -> None:
+        loop.step(step, data)
+
+    def seconds(run: Callable[[int], None], step: int) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        run(step)
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return float(slowest)
+
+    times: dict[str, list[float]] = {"bare": [], "harness": []}
+    for step in range(1, case["pairs"] + 4):
+        pair: list[tuple[str, Callable[[int], None]]] = [("bare", bare_step), ("harness", harness_step)]
+        for name, run in pair if step % 2 else reversed(pair):
+            elapsed = seconds(run, step)
+            if step > 3:  # buffers and the shape handshake
+                times[name].append(elapsed)
+    if rank == 0:
+        ratios = [b / h for b, h in zip(times["bare"], times["harness"], strict=True)]
+        tokens = config.train.global_batch_size * config.train.sequence_length
+        write_answer({**times, "ratios": ratios, "tokens": tokens})
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def build_bare(config: Any, rank: int) -> Any:
+    """DeepSpeed's engine on our layers; it clips by its own means."""
+    import deepspeed
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    from harness.run import build
+    from harness.run.deepspeed_config import build_deepspeed_config
+    from harness.run.optimizer import build_learning_rate, build_optimizer
+
+    settings = {**build_deepspeed_config(config), "gradient_clipping": config.train.gradient_clipping}
+    topology = build.Topology(pp=config.parallel.pp, dp=config.parallel.dp, tp=config.parallel.tp)
+    tp = build.build_tensor_parallel(topology, rank, config.model.num_key_value_heads)
+    layers = build.describe_layers(config.model, tp)
+    with contextlib.redirect_stdout(io.StringIO()):
+        module = build.StagedPipeline(
+            layers,
+            build.stage_boundaries(layers, build.layers_per_stage(config.model, config.parallel, 1)),
+            topology=build.PipeModelDataParallelTopology(topology.pp, topology.tp, topology.dp),
+            loss_fn=build.PipelineLoss(config.model.vocab_size, tp),
+        )
+        assert isinstance(module, PipelineModule)
+        build.initialize(module.global_parameters(), config.model, tp, config.train.seed)
+        optimizer = build_optimizer(config.train, module.parameters())
+        schedule = build_learning_rate(config.train, optimizer)
+        engine, _, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings
+        )
+    return engine
+
+
+if __name__ == "__main__":
+    rank_main() if "RANK" in os.environ else main()

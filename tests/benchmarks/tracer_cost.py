@@ -1,0 +1,134 @@
+"""What the tracer costs.
+
+    python tests/benchmarks/tracer_cost.py [--pairs N] [OVERRIDE ...]
+
+Counted: spans of a step x the measured cost of a span, over the step's time. Paired: the same engine with and without
+the tracer, taking turns step by step in one start; the median difference with its 95 % interval. And the size of the
+span files of 50 steps on 8 ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+LAYOUTS = (("parallel.pp=2",), ("parallel.tp=2",))
+LEVELS = ("instructions", "collectives")
+RANKS, STEPS = 8, 50
+
+
+def main() -> None:
+    """Start the ranks of each layout and level, and print the table."""
+    from benchmarks.overhead import median_interval
+    from distributed import run_ranks
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    print("| layout | level | spans of a step | us per span | counted | paired | 95 % interval | 50 steps, 8 ranks |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for layout in LAYOUTS:
+        for level in LEVELS:
+            case = {"overrides": [*arguments.overrides, *layout], "pairs": arguments.pairs, "level": level}
+            with tempfile.TemporaryDirectory() as folder:
+                answer = run_ranks(2, "benchmarks.tracer_cost", case, Path(folder))
+            counted = answer["num_spans"] * answer["span_seconds"] / answer["step_seconds"]
+            low, high = median_interval(answer["differences"])
+            print(
+                f"| {' '.join(layout)} | {level} | {answer['num_spans']} | {answer['span_seconds'] * 1e6:.2f} "
+                f"| {counted:.4%} | {statistics.median(answer['differences']):+.2%} | {low:+.2%} to {high:+.2%} "
+                f"| {answer['bytes_per_step'] * STEPS * RANKS / 1e6:.1f} MB |",
+                flush=True,
+            )
+
+
+def span_seconds(calls: int = 100_000) -> float:
+    """What a span adds to the call it is around."""
+    from harness.run.tracer import HostClock, Tracer
+
+    def nothing() -> None:
+        pass
+
+    tracer = Tracer(HostClock())
+    durations = []
+    for function in (tracer._traced("forward", nothing), nothing):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        durations.append(time.perf_counter() - start)
+    return (durations[0] - durations[1]) / calls
+
+
+def rank_main() -> None:
+    """One rank: one engine, whose instructions are traced in every other step."""
+    import torch
+    import torch.distributed as dist
+    from distributed import read_argument, write_answer
+    from helpers import make_config
+
+    from harness.machine import detect_machine
+    from harness.run.build import build_training
+    from harness.run.data import CorpusSamples, micro_batches
+    from harness.run.tracer import HostClock, Tracer
+    from harness.run.train import share_corpus
+    from harness.run.worker import initialize_distributed
+    from harness.timeline import Span, span_lines
+
+    case = read_argument()
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    config = make_config(*case["overrides"], machine=detect_machine())
+    torch.set_num_threads(config.launch.threads_per_rank)
+    engine = build_training(config, rank).engine
+    data = micro_batches(config, CorpusSamples(config, share_corpus(config, rank)), dp_rank=0)
+    bare = engine._INSTRUCTION_MAP, engine._aggregate_total_loss
+    tracer = Tracer(HostClock(), nested=case["level"] == "collectives")
+    tracer.attach(engine)
+    traced = engine._INSTRUCTION_MAP, engine._aggregate_total_loss
+    spans: list[Span] = []
+
+    def seconds(is_traced: bool) -> float:
+        engine._INSTRUCTION_MAP, engine._aggregate_total_loss = traced if is_traced else bare
+        dist.barrier()
+        if is_traced:
+            tracer.start_step()
+        start = time.perf_counter()
+        float(engine.train_batch(data_iter=data))
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        if is_traced:
+            spans[:] = tracer.spans(step=10)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return float(slowest)
+
+    pairs: list[dict[bool, float]] = []
+    for number in range(case["pairs"] + 2):
+        order = (True, False) if number % 2 else (False, True)
+        pairs.append({is_traced: seconds(is_traced) for is_traced in order})
+    largest: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(largest, (len(spans), sum(map(len, span_lines(spans)))))
+    if rank == 0:
+        timed = pairs[2:]  # buffers and the shape handshake
+        write_answer(
+            {
+                "differences": [pair[True] / pair[False] - 1 for pair in timed],
+                "step_seconds": statistics.median(pair[False] for pair in timed),
+                "num_spans": max(count for count, _ in largest),
+                "bytes_per_step": max(size for _, size in largest),
+                "span_seconds": span_seconds(),
+            }
+        )
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    rank_main() if "RANK" in os.environ else main()

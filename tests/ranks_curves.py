@@ -1,0 +1,35 @@
+"""Rank program: loss curves of several configurations on real text, one after the other in one process group."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from distributed import read_argument, write_answer
+from helpers import make_config
+
+from harness.run.build import build_training
+from harness.run.data import CorpusSamples, micro_batches
+from harness.run.train import share_corpus
+from harness.run.worker import initialize_distributed
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    curves = []
+    for overrides in read_argument():
+        config = make_config(*overrides)
+        training = build_training(config, rank)
+        samples = CorpusSamples(config, share_corpus(config, rank))
+        data = micro_batches(config, samples, training.topology.coordinate(rank).dp)
+        curves.append([float(training.engine.train_batch(data_iter=data)) for _ in range(config.train.steps)])
+        training.destroy()
+    if rank == 0:
+        write_answer(curves)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

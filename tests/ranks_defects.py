@@ -1,0 +1,167 @@
+"""Rank program: what the parity check says when a part of the harness is replaced by a wrong one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from distributed import read_argument, write_answer
+from helpers import make_config
+from ranks_parity import TINY
+from torch import Tensor
+
+import harness.model.layers as layers
+import harness.model.weights as weights
+import harness.run.build as build
+import harness.run.parity as parity
+from harness.run.worker import initialize_distributed
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+DEFECTS: dict[str, Patch] = {}
+
+
+def defect(patch: Patch) -> Patch:
+    DEFECTS[patch.__name__] = patch
+    return patch
+
+
+@defect
+def none(patch: pytest.MonkeyPatch) -> None:
+    pass
+
+
+@defect
+def f_does_not_reduce(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers, "copy_to_tensor_parallel", lambda tensor, group: tensor)
+
+
+@defect
+def g_does_not_reduce(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers, "reduce_from_tensor_parallel", lambda tensor, group: tensor)
+
+
+@defect
+def qkv_sliced_contiguously(patch: pytest.MonkeyPatch) -> None:
+    right = weights.shard
+
+    def contiguous(full: Tensor, spec: weights.ParameterSpec, tp_rank: int, tp_size: int) -> Tensor:
+        fused = len(spec.parts) > 1
+        return full.chunk(tp_size)[tp_rank] if fused else right(full, spec, tp_rank, tp_size)
+
+    patch.setattr(weights, "shard", contiguous)
+
+
+@defect
+def row_bias_added_on_every_rank(patch: pytest.MonkeyPatch) -> None:
+    def forward(self: layers.RowParallelLinear, hidden: Tensor) -> Tensor:
+        output = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return layers.reduce_from_tensor_parallel(output, self.tp.group)
+
+    patch.setattr(layers.RowParallelLinear, "forward", forward)
+
+
+@defect
+def norm_gradients_not_summed_under_sequence_parallelism(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(build, "sum_over_slices", lambda training: None)
+
+
+@defect
+def sum_of_slices_skips_the_other_ranks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers, "scatter_sum", lambda part, group: part.chunk(group.size(), dim=1)[group.rank()])
+
+
+def _replace_instruction(patch: pytest.MonkeyPatch, instruction: type, execute: Callable[..., None]) -> None:
+    patch.setattr(PipelineEngine, "_INSTRUCTION_MAP", {**PipelineEngine._INSTRUCTION_MAP, instruction: execute})
+
+
+@defect
+def tied_copies_not_reduced(patch: pytest.MonkeyPatch) -> None:
+    _replace_instruction(patch, schedule.ReduceTiedGrads, lambda engine: None)
+
+
+@defect
+def gradient_scaled_by_m(patch: pytest.MonkeyPatch) -> None:
+    right = PipelineEngine._INSTRUCTION_MAP[schedule.ReduceGrads]
+
+    def scaled(engine: PipelineEngine) -> None:
+        right(engine)
+        for parameter in engine.module.parameters():
+            parameter.grad *= engine.micro_batches
+
+    _replace_instruction(patch, schedule.ReduceGrads, scaled)
+
+
+@defect
+def one_gradient_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
+    right = PipelineEngine._INSTRUCTION_MAP[schedule.ReduceGrads]
+
+    def scaled(engine: PipelineEngine) -> None:
+        right(engine)
+        largest = max(engine.module.parameters(), key=lambda parameter: float(parameter.grad.norm()))
+        largest.grad *= 1.001
+
+    _replace_instruction(patch, schedule.ReduceGrads, scaled)
+
+
+@defect
+def clipping_key_left_out(patch: pytest.MonkeyPatch) -> None:
+    right = build.build_deepspeed_config
+
+    def without_key(config: Any) -> dict[str, Any]:
+        return {key: value for key, value in right(config).items() if key != "gradient_clipping"}
+
+    patch.setattr(build, "build_deepspeed_config", without_key)
+
+
+@defect
+def clipping_by_one_stage(patch: pytest.MonkeyPatch) -> None:
+    right = build.global_gradient_norm
+    patch.setattr(build, "global_gradient_norm", lambda parameters, tp_rank, group: right(parameters, tp_rank, None))
+
+
+@defect
+def step_taken_twice(patch: pytest.MonkeyPatch) -> None:
+    right = PipelineEngine._INSTRUCTION_MAP[schedule.OptimizerStep]
+
+    def twice(engine: PipelineEngine) -> None:
+        engine.optimizer.step()
+        right(engine)
+
+    _replace_instruction(patch, schedule.OptimizerStep, twice)
+
+
+@defect
+def labels_of_the_micro_batch_before(patch: pytest.MonkeyPatch) -> None:
+    right = parity.micro_batches
+
+    def shifted(*arguments: Any) -> Iterator[Any]:
+        before = None
+        for tokens, labels in right(*arguments):
+            yield tokens, before or labels
+            before = labels
+
+    patch.setattr(parity, "micro_batches", shifted)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    answers = {}
+    for name, overrides in read_argument():
+        with pytest.MonkeyPatch.context() as patch:
+            DEFECTS[name](patch)
+            comparisons = parity.check_parity(make_config(*TINY, *overrides), rank)
+        answers[name] = [comparison.kind for comparison in comparisons if not comparison.passed]
+    if rank == 0:
+        write_answer(answers)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

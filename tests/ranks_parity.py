@@ -1,0 +1,40 @@
+"""Rank program: parity of several configurations, one after the other in one process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+
+import torch
+from distributed import read_argument, write_answer
+from helpers import make_config
+
+from harness.run.parity import check_parity
+from harness.run.worker import initialize_distributed
+
+TINY = (
+    "model.num_hidden_layers=6",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.vocab_size=67",
+    "model.intermediate_size=48",
+    "model.max_position_embeddings=16",
+    "train.sequence_length=12",
+)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    answers = []
+    for overrides in read_argument():
+        comparisons = check_parity(make_config(*TINY, *overrides), rank)
+        answers.append([{**asdict(c), "passed": c.passed} for c in comparisons])
+    if rank == 0:
+        write_answer(answers)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

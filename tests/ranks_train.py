@@ -1,0 +1,67 @@
+"""Rank program: `runs`, trainings one after the other in one process group; answers with their lines of metrics.jsonl.
+
+`copies` load a checkpoint and write it again. With `hang_at_step` the last rank stops for good in the middle of
+writing the checkpoint of that step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed import read_argument, write_answer
+from helpers import make_config
+
+import harness.run.train
+from harness.record.store import Attempt, read_jsonl
+from harness.run.build import build_training
+from harness.run.checkpoint import load_checkpoint, save_checkpoint
+from harness.run.worker import initialize_distributed
+
+
+def main() -> None:
+    argument = read_argument()
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    if (step := argument.get("hang_at_step")) and rank == int(os.environ["WORLD_SIZE"]) - 1:
+        hang_in_checkpoint(step)
+    curves = []
+    for folder, overrides in argument["runs"]:
+        attempt = Attempt(Path(sys.argv[1]) / folder)
+        attempt.path.mkdir(parents=True, exist_ok=True)
+        harness.run.train.train(attempt, make_config(*overrides), rank)
+        curves.append(read_jsonl(attempt.metrics_file))
+    for folder, overrides in argument.get("copies", ()):
+        config = make_config(*overrides)
+        training = build_training(config, rank)
+        step = load_checkpoint(Path(str(config.train.resume)), training, config, None)
+        save_checkpoint(Path(sys.argv[1]) / folder / "checkpoints", training, config, step, None)
+    if rank == 0:
+        write_answer(curves)
+    os._exit(0)
+
+
+def hang_in_checkpoint(at_step: int) -> None:
+    save_tensor = torch.save
+    calls: list[Any] = []
+
+    def save_some(tensor: Any, file: Any) -> None:
+        calls.append(None)
+        while len(calls) > 10:
+            time.sleep(1)
+        save_tensor(tensor, file)
+
+    def save(*arguments: Any) -> None:
+        if arguments[3] == at_step:
+            torch.save = save_some
+        save_checkpoint(*arguments)
+
+    harness.run.train.save_checkpoint = save
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Every nanosecond of a step has a part, and the bubble has causes: by hand and on simulated steps."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from harness.plan.explain import durations, explain
+from harness.plan.schedule import Schedule, build_schedule
+from harness.plan.simulate import Seconds, simulate
+from harness.timeline import (
+    KINDS,
+    PARTS,
+    Accounting,
+    Span,
+    account,
+    activity,
+    ideal_bubble_fraction,
+    measured_bubble,
+    transfers,
+)
+
+SECOND = 10**9
+UNEQUAL: dict[str, Seconds] = {
+    "forward": [1, 2, 1, 3], "backward": [2, 4, 1, 3], "send_activation": 0.5, "send_gradient": [0, 0.25, 1, 0],
+    "load": 0.125, "reduce_gradients": 1, "optimizer": [2, 1, 1, 2],
+}  # fmt: skip
+
+
+def span(kind: str, micro_batch: int, start: float, end: float) -> Span:
+    return Span(3, kind, micro_batch, round(start * SECOND), round(end * SECOND))
+
+
+def order_of(spans: list[Span]) -> list[tuple[str, int]]:
+    nested = ("recompute", "tp_all_reduce")
+    return [(s.kind, s.micro_batch) for s in spans if s.kind not in nested]
+
+
+def account_one(spans: list[Span], step_seconds: float) -> Accounting:
+    return account([spans], [order_of(spans)], [step_seconds])[0]
+
+
+def parts(accounting: Accounting) -> dict[str, float]:
+    return {part: seconds for part, seconds in accounting.seconds.items() if seconds}
+
+
+def test_nested_spans_count_for_themselves_by_hand() -> None:
+    spans = [
+        span("load", 0, 0, 1),
+        span("forward", 0, 1, 11), span("tp_all_reduce", 0, 3, 5), span("tp_all_reduce", 0, 7, 8),
+        span("backward", 0, 11.5, 31.5), span("recompute", 0, 12, 20), span("tp_all_reduce", 0, 13, 14),
+        span("tp_all_reduce", 0, 20, 22),
+        span("optimizer", -1, 32, 36),
+    ]  # fmt: skip
+    accounting = account_one(spans, 36.2)
+    assert parts(accounting) == {
+        "data": 1, "forward": 7, "tp_communication": 2 + 1 + 1 + 2, "backward": 20 - 8 - 2, "recomputation": 7,
+        "optimizer": 4, "host_gap": 0.5 + 0.5,
+    }  # fmt: skip
+    assert accounting.residual_seconds == pytest.approx(0.2)
+    assert accounting.closes(0.01)
+    assert not accounting.closes(0.005)
+    assert set(accounting.seconds) == set(PARTS)
+
+
+def test_waiting_and_transfer_of_a_receive_by_hand() -> None:
+    first = [span("forward", 0, 0, 4), span("send_activation", 0, 5, 7), span("recv_gradient", 0, 7, 21),
+             span("backward", 0, 21, 25)]  # fmt: skip
+    last = [span("recv_activation", 0, 0, 7), span("forward", 0, 7, 11), span("backward", 0, 11, 19),
+            span("send_gradient", 0, 19.5, 20.5)]  # fmt: skip
+    accounts = account([first, last], [order_of(first), order_of(last)], [25, 20.5])
+    assert parts(accounts[0]) == {
+        "forward": 4, "pp_transfer": 2 + 1.5, "pp_wait": 12.5, "backward": 4, "host_gap": 1
+    }  # fmt: skip
+    assert parts(accounts[1]) == {
+        "pp_wait": 5, "pp_transfer": 2 + 1, "forward": 4, "backward": 8, "host_gap": 0.5
+    }  # fmt: skip
+    assert [t.seconds for t in transfers([first, last])] == [2, 1.5]
+
+
+def test_a_send_waits_unless_it_was_buffered() -> None:
+    sends = [span("send_activation", 0, 0, 5), span("send_activation", 1, 5, 6)]
+    receives = [span("recv_activation", 0, 3, 5), span("recv_activation", 1, 8, 9)]
+    first, last = account([sends, receives], [order_of(sends), order_of(receives)], [6, 9])
+    assert (first.seconds["pp_wait"], first.seconds["pp_transfer"]) == (3, 2 + 1)
+    assert (last.seconds["pp_wait"], last.seconds["pp_transfer"], last.seconds["host_gap"]) == (0, 2 + 1, 3)
+
+
+def test_a_tied_reduction_waits_for_its_last_stage() -> None:
+    stages = [[span("reduce_tied_gradients", -1, 8, 10)], [span("reduce_tied_gradients", -1, 5, 5.5)],
+              [span("reduce_tied_gradients", -1, 2, 10)]]  # fmt: skip
+    accounts = account(stages, [order_of(spans) for spans in stages], [2, 0.5, 8])
+    assert [(a.seconds["pp_wait"], a.seconds["dp_reduction"]) for a in accounts] == [(0, 2), (0, 0.5), (6, 2)]
+    optimizers = [[s._replace(kind="optimizer") for s in spans] for spans in stages]
+    apart, together = (account(optimizers, [order_of(s) for s in optimizers], [2, 0.5, 8], waiting_kinds=kinds)[2]
+                       for kinds in ((), ("optimizer",)))  # fmt: skip
+    assert parts(apart) == {"optimizer": 8}
+    assert parts(together) == {"optimizer": 2, "pp_wait": 6}
+
+
+def step_seconds(stages: list[list[Span]]) -> list[float]:
+    return [spans[-1].end_ns / SECOND for spans in stages]
+
+
+@pytest.mark.parametrize(("m", "blocking"), list(product([1, 3, 8], [True, False])))
+def test_simulated_steps_close(m: int, blocking: bool) -> None:
+    schedule = build_schedule("1f1b", 4, m)
+    stages = simulate(schedule, UNEQUAL, blocking=blocking)
+    for stage, accounting in enumerate(account(stages, schedule.order(), step_seconds(stages))):
+        assert accounting.residual_seconds == pytest.approx(0, abs=1e-9)
+        assert accounting.closes(1e-9)
+        assert accounting.seconds["forward"] == m * [1, 2, 1, 3][stage]
+        assert accounting.seconds["backward"] == m * [2, 4, 1, 3][stage]
+        assert accounting.seconds["optimizer"] == [2, 1, 1, 2][stage]
+        assert accounting.seconds["host_gap"] == 0
+        if blocking:
+            received = [0, 0.5, 0.5, 0.5][stage] + [0.25, 1, 0, 0][stage]
+            sent = [0.5, 0.5, 0.5, 0][stage] + [0, 0.25, 1, 0][stage]
+            assert accounting.seconds["pp_transfer"] == pytest.approx(m * (received + sent))
+
+
+def test_transfers_of_interleaved_chunks_go_around() -> None:
+    schedule = build_schedule("interleaved", 3, 6, 2)
+    stages = simulate(schedule, {"forward": 2, "backward": 4, "send_activation": 0.25}, blocking=False)
+    pairs = list(transfers(stages))
+    assert len(pairs) == sum(i.kind.startswith("send") for stage in schedule.stages for i in stage)
+    assert all(t.send.start_ns <= t.receive.end_ns for t in pairs)
+    assert {(t.sender, t.receiver) for t in pairs if t.send.kind == "send_activation"} == {(0, 1), (1, 2), (2, 0)}
+    assert all(a.closes(1e-9) for a in account(stages, schedule.order(), step_seconds(stages)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("backward_")])
+def test_dropping_a_kind_of_span_is_noticed(kind: str) -> None:
+    schedule = build_schedule("1f1b", 4, 8)
+    whole = simulate(schedule, UNEQUAL)
+    lossy = [[s for s in spans if s.kind != kind] for spans in whole]
+    for stage, accounting in enumerate(account(lossy, schedule.order(), step_seconds(whole))):
+        dropped = [s for s in whole[stage] if s.kind == kind]
+        assert accounting.num_missing == len(dropped)
+        # No gap takes the place of what is gone.
+        assert accounting.residual_seconds == pytest.approx(sum(s.seconds for s in dropped), abs=1e-9)
+        assert accounting.closes() == (not dropped)
+
+
+def test_a_span_outside_the_schedule() -> None:
+    with pytest.raises(ValueError, match="forward of micro-batch 2 is not, or not so often, in the schedule"):
+        account([[span("forward", 2, 0, 1)]], [[("forward", 1)]], [1])
+    with pytest.raises(ValueError, match="load of micro-batch 0 is not"):
+        account([[span("load", 0, 0, 1), span("load", 0, 1, 2)]], [[("load", 0)]], [2])
+
+
+def explained(seconds: dict[str, Seconds], p: int = 4, m: int = 8) -> dict[str, float]:
+    """Causes of a simulated step, checked for what holds in all."""
+    schedule = build_schedule("1f1b", p, m)
+    stages = simulate(schedule, seconds)
+    explanation = explain(stages, schedule)
+    measured = measured_bubble([[activity(spans)] for spans in stages])
+    assert explanation.measured == measured
+    assert explanation.ideal.fraction == pytest.approx(ideal_bubble_fraction(p, m))
+    assert sum(explanation.causes_seconds.values()) == pytest.approx(measured.seconds)
+    assert sum(explanation.causes_percent.values()) == pytest.approx(100 * measured.fraction)
+    assert list(explanation.causes_seconds) == ["ideal", "imbalance", "transfer", "jitter", "host"]
+    return {cause: round(seconds, 6) for cause, seconds in explanation.causes_seconds.items()}
+
+
+NONE = {"imbalance": 0, "transfer": 0, "jitter": 0, "host": 0}
+
+
+def test_equal_stages_have_fill_and_drain_only() -> None:
+    assert explained({"forward": 1, "backward": 2}) == NONE | {"ideal": 3 * 3}
+    assert explained({"forward": 1, "backward": 2}, p=1) == NONE | {"ideal": 0}
+
+
+@pytest.mark.parametrize(("slow", "p", "m"), [(0, 2, 4), (1, 4, 8), (3, 4, 8), (2, 8, 16)])
+def test_a_slow_stage_is_imbalance(slow: int, p: int, m: int) -> None:
+    """Forwards slower by d make the step (m - ahead) d longer: those ahead of the first backward are hidden."""
+    p_1, ahead = p - 1, p - 1 - slow
+    forward = [1.0 + 0.5 * (stage == slow) for stage in range(p)]
+    causes = explained({"forward": forward, "backward": 2.0}, p, m)
+    ideal = p_1 * (3 + 0.5 / p)
+    bubble = p_1 * 3 + 0.5 * (m - ahead - m / p)
+    assert causes == NONE | {"ideal": ideal, "imbalance": bubble - ideal}
+
+
+def test_a_slow_link_is_transfer() -> None:
+    seconds: dict[str, Seconds] = {"forward": 1, "backward": 2, "send_activation": [0, 0.25, 0, 0]}
+    free = simulate(build_schedule("1f1b", 4, 8), {"forward": 1, "backward": 2})
+    slow = simulate(build_schedule("1f1b", 4, 8), seconds)
+    longer = max(step_seconds(slow)) - max(step_seconds(free))
+    assert longer == 8 * 0.25 - 0.25  # one comes ahead of the first backward, and is hidden
+    assert explained(seconds) == NONE | {"ideal": 9, "transfer": longer}
+
+
+def test_a_slow_micro_batch_is_jitter_and_loading_is_host() -> None:
+    uneven = [[1.0 + 0.5 * (stage == k % 4) for k in range(8)] for stage in range(4)]
+    causes = explained({"forward": uneven, "backward": 2})
+    assert causes["jitter"] > 0
+    assert causes | {"jitter": 0} == NONE | {"ideal": 3 * 3.125}
+    causes = explained({"forward": 1, "backward": 2, "load": 0.125})
+    assert causes["host"] > 0
+    assert causes | {"host": 0} == NONE | {"ideal": 9}
+
+
+def test_measured_durations_come_back() -> None:
+    schedule: Schedule = build_schedule("1f1b", 4, 8)
+    tables = durations(simulate(schedule, UNEQUAL), schedule)
+    assert tables["forward"].tolist() == [[seconds] * 8 for seconds in (1, 2, 1, 3)]
+    assert tables["send_activation"].tolist() == [[seconds] * 8 for seconds in (0.5, 0.5, 0.5, 0)]
+    assert tables["send_gradient"].tolist() == [[seconds] * 8 for seconds in (0, 0.25, 1, 0)]
+
+
+def test_explaining_needs_every_computation() -> None:
+    schedule = build_schedule("1f1b", 2, 3)
+    stages = simulate(schedule, {"forward": 1, "backward": 1})
+    with pytest.raises(ValueError, match="stage 1 has 5 forward and backward spans, 1f1b has 6"):
+        explain([stages[0], [s for s in stages[1] if s[1:3] != ("backward", 2)]], schedule)

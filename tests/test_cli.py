@@ -1,0 +1,170 @@
+"""The command line as people type it: exit statuses, one sentence per mistake, nothing left behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.config import REPOSITORY
+from harness.errors import ConfigError
+from harness.launch import train
+
+LAUNCHERS = REPOSITORY / "launchers"
+QUICK = "train.steps=3 train.warmup_steps=1 train.global_batch_size=2 train.sequence_length=16".split()
+RUN = [*QUICK, "tracking.wandb.mode=disabled"]
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run a launcher in an empty folder, with a file called `taken` in it."""
+    (tmp_path / "taken").touch()
+
+    def start(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(LAUNCHERS / launcher), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "sentence"),
+    [
+        ("train.py", "train.stepz=3", "did you mean train.steps?"),
+        ("train.py", "parallel.tp=two", "parallel.tp='two' is not valid"),
+        ("train.py", "parallel.tp=3", "can't be split over parallel.tp=3; use tp 1, 2, 4 or 8"),
+        ("train.py", "data.path=missing.txt", "data.path='missing.txt' does not exist"),
+        ("train.py", "results_dir=taken", "set results_dir to a folder you can write to"),
+        ("train.py", "-m parallel.tp=1,2", "use launchers/sweep.py"),
+        ("train.py", "train.global_batch_size=4096 parallel.dp=4096", "needs 4096 ranks"),
+        ("train.py", "--cfg job model=nope", "model=nope is not available; choose one of"),
+        ("train.py", "--nope", "unrecognized arguments"),
+        ("sweep.py", "parallel.tp=1,2 train.stepz=3", "did you mean train.steps?"),
+        ("sweep.py", "train.stepz=1,2", "did you mean train.steps?"),
+        ("sweep.py", "parallel.tp=3,6 parallel.pp=1,2", "can't be split over parallel.tp=6"),
+        ("sweep.py", "sweep.name=a/b parallel.tp=1,2", "sweep.name='a/b' is not a folder name"),
+        ("sweep.py", "sweep.name=../a -m", "sweep.name='../a' is not a folder name"),
+        ("sweep.py", "results_dir=taken", "set results_dir to a folder you can write to"),
+        ("sweep.py", "sweep.points=['parallel.pp=99']", "parallel.pp=99 stages exceed"),
+        ("sweep.py", "hydra/sweeper=basic sweep.name=.a parallel.tp=1,2", "sweep.name='.a' is not a folder name"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_2(
+    run: Run, tmp_path: Path, launcher: str, arguments: str, sentence: str
+) -> None:
+    done = run(launcher, *arguments.split())
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    if "usage:" not in done.stderr:
+        assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("launcher", ["train.py", "sweep.py"])
+def test_flags_of_hydra_are_answered(run: Run, tmp_path: Path, launcher: str) -> None:
+    helped, shown = run(launcher, "--help"), run(launcher, "--cfg", "job", "train.steps=77")
+    assert (helped.returncode, shown.returncode) == (0, 0)
+    assert "deepspeed --num_gpus N launchers/train.py" in helped.stdout
+    assert "steps: 77" in shown.stdout
+    assert helped.stderr + shown.stderr == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_configuration_folder_of_the_user(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "own.yaml").write_text("defaults: [gpt2_tiny, _self_]\nhidden_size: 24\n")
+    for launcher in ("train.py", "sweep.py"):
+        done = run(launcher, "--config-dir", "mine", "model=own", "parallel.tp=3")
+        assert done.returncode == 2
+        assert "model.num_attention_heads=8 can't be split over parallel.tp=3" in done.stderr
+
+
+def test_a_sweep_runs_reports_and_is_reused(run: Run, tmp_path: Path) -> None:
+    request = ["parallel.tp=1,3", "results_dir=res", "sweep.name=small", *RUN]
+    first = run("sweep.py", *request)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "[1/1] tp1_pp1_dp1_mbs1" in first.stdout
+    with (tmp_path / "res" / "small" / "results.csv").open() as file:
+        rows = {row["status"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"ok", "invalid"}
+    assert float(rows["ok"]["tokens_per_second"]) > 0
+    assert rows["ok"]["command"].startswith("deepspeed --num_gpus 1 launchers/train.py parallel.tp=1 results_dir=")
+    again = run("sweep.py", *request)
+    assert again.returncode == 0
+    assert "2 points: 0 to run, 1 reused, 1 can't run" in again.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["res", "taken"]
+
+
+def test_ctrl_c_ends_a_sweep_with_its_ranks(tmp_path: Path) -> None:
+    request = ["parallel.dp=1,2", f"results_dir={tmp_path}", "sweep.name=long", *RUN, "train.steps=100000"]
+    sweep = subprocess.Popen(
+        [sys.executable, str(LAUNCHERS / "sweep.py"), *request],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("long/points/*/attempt-1/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        assert sweep.poll() is None
+        time.sleep(0.1)
+    ranks = psutil.Process(sweep.pid).children(recursive=True)
+    sweep.send_signal(signal.SIGINT)
+    output, errors = sweep.communicate(timeout=60)
+    assert sweep.returncode == 1, output + errors
+    assert "Traceback" not in errors
+    assert "To resume, run it again: python" in output
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    statuses = [json.loads(path.read_text())["status"] for path in tmp_path.glob("long/points/*/attempt-1/status.json")]
+    assert statuses == ["interrupted", "interrupted"]
+
+
+def test_the_users_own_deepspeed_is_refused_what_can_not_run(tmp_path: Path) -> None:
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [launcher, "--num_gpus", "1", "--master_port", "29631", LAUNCHERS / "train.py", "parallel.tp=2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    sentence = "parallel.tp=2 x pp=1 x dp=1 needs 2 ranks, but deepspeed started 1; use --num_gpus 2"
+    assert done.stderr.count(f"error: {sentence}\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_ranks_do_not_wait_for_one_that_prints_help(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(ConfigError, match="prints and runs nothing"):
+        train.prepare(flags, world_size=2)
+
+
+def test_a_layout_for_the_ranks_of_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("Call me Ishmael. " * 100)
+    overrides = ["--local_rank=0", "parallel.dp=fill", "parallel.tp=2", "results_dir=res", "data.path=text", *QUICK]
+    attempt = train.prepare([*overrides, "--local-rank=0"], world_size=4)
+    assert attempt.parts[:2] == ("res", "runs")
+    assert attempt.parent.name.startswith("tp2_pp1_dp2_mbs1_")
+    assert (attempt / "command.txt").read_text() == (
+        "deepspeed --num_gpus 4 launchers/train.py parallel.dp=fill parallel.tp=2 "
+        f"results_dir={tmp_path}/res data.path={tmp_path}/text {' '.join(QUICK)}\n"
+    )
+
+
+def test_ranks_are_told_from_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in train.RANK_VARIABLES:
+        assert not train.in_rank()
+        monkeypatch.setenv(name, "0")
+    assert train.in_rank()
+    assert "RANK" in os.environ

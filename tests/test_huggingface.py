@@ -1,0 +1,208 @@
+"""A transformers configuration is understood, known to be harmless, or refused by name; never ignored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import RunConfig
+from harness.errors import ConfigError
+from harness.huggingface import GPT2_FIXED, LLAMA_FIXED, read_transformers_config, resolve_model
+from tests.helpers import make_config
+
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 4,
+    "vocab_size": 300,
+    "n_positions": 256,
+    **NO_DROPOUT,
+}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300}
+
+
+def write(folder: Path, settings: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def load(folder: Path | str, *overrides: str) -> RunConfig:
+    uncached: Any = make_config.__wrapped__  # tests write several files to one place
+    return uncached("model=hf", f"model.path={folder}", *overrides)
+
+
+def refusal(folder: Path, settings: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        read_transformers_config(write(folder, settings))
+    assert "config.json" in str(error.value)
+    return str(error.value)
+
+
+# --- what transformers itself writes
+
+
+def test_saved_gpt2(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    saved = GPT2Config(n_layer=3, n_embd=48, n_head=6, n_inner=100, vocab_size=300, n_positions=256, **NO_DROPOUT)
+    saved.architectures, saved.dtype = ["GPT2LMHeadModel"], "bfloat16"
+    saved.save_pretrained(tmp_path)
+    model = load(tmp_path).model
+    expected = {
+        "name": tmp_path.name, "family": "gpt2", "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 100, "vocab_size": 300,
+        "max_position_embeddings": 256, "tie_word_embeddings": True, "norm_epsilon": 1e-5, "rope_theta": 10000.0,
+        "initializer_range": 0.02, "dropout": 0.0,
+    }  # fmt: skip
+    assert model.model_dump() == expected
+
+
+def test_saved_llama(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    saved = LlamaConfig(
+        num_hidden_layers=3, hidden_size=48, num_attention_heads=6, num_key_value_heads=2, head_dim=16, vocab_size=300,
+        intermediate_size=100, max_position_embeddings=256, rope_theta=5e5, rms_norm_eps=1e-5, initializer_range=0.01,
+        tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    saved.architectures = ["LlamaForCausalLM"]
+    saved.save_pretrained(tmp_path)
+    model = load(tmp_path).model
+    expected = {
+        "name": tmp_path.name, "family": "llama", "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 100, "vocab_size": 300,
+        "max_position_embeddings": 256, "tie_word_embeddings": True, "norm_epsilon": 1e-5, "rope_theta": 5e5,
+        "initializer_range": 0.01, "dropout": 0.0,
+    }  # fmt: skip
+    assert model.model_dump() == expected
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_our_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    """What a file leaves out means the same to both."""
+    from transformers import GPT2Config, LlamaConfig
+
+    (GPT2Config() if family == "gpt2" else LlamaConfig()).save_pretrained(tmp_path)
+    complete = resolve_model({"family": "hf", "path": str(tmp_path)})
+    assert resolve_model({"family": "hf", "path": write(tmp_path, {"model_type": family})}) == complete
+    assert complete["dropout"] == (0.1 if family == "gpt2" else 0.0)
+
+
+def test_older_files(tmp_path: Path) -> None:
+    """Settings that published files of earlier versions carry."""
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "n_ctx": 1024, "summary_type": "cls_index", "torch_dtype": "float32",
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}  # fmt: skip
+    llama = {"rope_theta": 500000, "rope_scaling": None, "pretraining_tp": 1, "_name_or_path": "x", "use_cache": True}
+    assert load(write(tmp_path, GPT2 | gpt2)).model.hidden_size == 32
+    assert load(write(tmp_path, LLAMA | llama)).model.rope_theta == 500_000.0
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("setting", GPT2_FIXED)
+def test_gpt2_settings_are_refused_by_name(tmp_path: Path, setting: str) -> None:
+    other = {bool: not GPT2_FIXED[setting], str: "relu", float: 0.1}[type(GPT2_FIXED[setting])]
+    message = refusal(tmp_path, GPT2 | {setting: other})
+    assert f"{setting}={other!r} is not implemented, only {GPT2_FIXED[setting]!r} is" in message
+
+
+@pytest.mark.parametrize("setting", LLAMA_FIXED)
+def test_llama_settings_are_refused_by_name(tmp_path: Path, setting: str) -> None:
+    other = {bool: True, str: "gelu", float: 0.1, int: 2}[type(LLAMA_FIXED[setting])]
+    message = refusal(tmp_path, LLAMA | {setting: other})
+    assert f"{setting}={other!r} is not implemented, only {LLAMA_FIXED[setting]!r} is" in message
+
+
+@pytest.mark.parametrize("dropout", NO_DROPOUT)
+def test_rates_of_dropout_that_differ_are_refused(tmp_path: Path, dropout: str) -> None:
+    assert f"{dropout}=0.2" in refusal(tmp_path, GPT2 | {dropout: 0.2})
+    absent = {key: value for key, value in GPT2.items() if key != dropout}  # means 0.1
+    assert f"{dropout}=0.1" in refusal(tmp_path, absent)
+
+
+def test_one_rate_of_dropout(tmp_path: Path) -> None:
+    assert load(write(tmp_path, GPT2 | dict.fromkeys(NO_DROPOUT, 0.25))).model.dropout == 0.25
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        {"rope_type": "yarn"},
+        "linear",
+    ],
+)
+def test_scaled_rotary_positions_are_refused(tmp_path: Path, key: str, rope: Any) -> None:
+    message = refusal(tmp_path, LLAMA | {key: rope})
+    assert f"{key}={rope} is not implemented; only plain rotary positions are" in message
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope", [{"type": "default"}, {"rope_type": "default", "type": "default"}, {}, None])
+def test_plain_rotary_positions_in_every_spelling(tmp_path: Path, key: str, rope: Any) -> None:
+    assert load(write(tmp_path, LLAMA | {"rope_theta": 5e5, key: rope})).model.rope_theta == 5e5
+    if rope:
+        assert load(write(tmp_path, LLAMA | {key: {**rope, "rope_theta": 7e5}})).model.rope_theta == 7e5
+
+
+def test_unknown_settings_are_refused(tmp_path: Path) -> None:
+    quantized = {"quant_method": "gptq", "bits": 4}
+    assert "setting quantization_config=" in refusal(tmp_path, LLAMA | {"quantization_config": quantized})
+    assert "setting n_layer=2 is not known" in refusal(tmp_path, LLAMA | {"n_layer": 2})
+    assert load(write(tmp_path, LLAMA | {"sliding_window": None})).model.family == "llama"
+
+
+@pytest.mark.parametrize("family", ["mistral", None, ["llama"]])
+def test_other_families_are_refused(tmp_path: Path, family: Any) -> None:
+    assert f"model_type={family!r} is not implemented" in refusal(tmp_path, LLAMA | {"model_type": family})
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert "model_type=None" in refusal(tmp_path, [1, 2])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_transformers_config(str(tmp_path))
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_transformers_config(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"holds no readable config.json"):
+        load(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"model=hf needs model.path"):
+        make_config("model=hf")
+
+
+def test_wrong_types_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.num_hidden_layers='2' is not valid"):
+        load(write(tmp_path, LLAMA | {"num_hidden_layers": "2"}))
+    with pytest.raises(ConfigError, match=r"model.rope_theta='x' is not valid"):
+        load(write(tmp_path, LLAMA | {"rope_theta": "x"}))
+
+
+# --- values that follow
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    model = load(write(tmp_path, LLAMA), "+model.num_hidden_layers=7", "+model.vocab_size=1000").model
+    assert (model.num_hidden_layers, model.vocab_size, model.hidden_size) == (7, 1000, 32)
+    with pytest.raises(ConfigError, match=r"model.layers is not a configuration key"):
+        load(tmp_path, "+model.layers=7")
+
+
+def test_values_that_follow() -> None:
+    model = resolve_model({"family": "llama", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32})
+    assert model == {
+        "family": "llama", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32,
+        "num_key_value_heads": 4, "intermediate_size": 256,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"model.hidden_size=65 can't be split over model.num_attention_heads=4"):
+        resolve_model({"hidden_size": 65, "num_attention_heads": 4})

@@ -1,0 +1,193 @@
+"""Counted memory and the FLOP conventions of peers: by hand, and as PyTorch keeps it."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from helpers_model import saved_bytes
+
+from harness.config import Model, RunConfig
+from harness.counts import flops_conventions, stage_counts
+from harness.model.block import TransformerBlock
+from harness.model.families import build_layers
+from harness.model.groups import TensorParallel
+from harness.plan.memory import (
+    block_activation_bytes_per_token,
+    gradient_bytes_per_parameter,
+    memory_beside_measured,
+    memory_per_stage,
+    micro_batches_in_flight,
+    optimizer_bytes_per_parameter,
+    stage_parameters_per_rank,
+)
+from harness.plan.schedule import build_schedule
+from tests.helpers import make_config
+
+
+def big(*overrides: str) -> RunConfig:
+    return make_config("launch.max_ranks_per_core=64", *overrides)
+
+
+def test_parameters_and_their_companions_by_hand() -> None:
+    """gpt2_small on 2 stages x 2 tensor-parallel ranks, AdamW in fp32."""
+    config = big("model=gpt2_small", "parallel.pp=2", "parallel.tp=2", "parallel.partition=[7,5]")
+    block = (768 * 2304 + 2304 + 768 * 768 + 768 * 3072 + 3072 + 3072 * 768) // 2 + 4 * 768 + 2 * 768
+    vocabulary = 50258 // 2 * 768  # padded to an even number
+    first, last = memory_per_stage(config, [7, 5])
+    assert first.parameter_bytes == 4 * (7 * block + vocabulary + 1024 * 768)
+    assert last.parameter_bytes == 4 * (5 * block + vocabulary + 2 * 768)
+    assert first.gradient_bytes == first.parameter_bytes
+    assert first.optimizer_bytes == 2 * first.parameter_bytes
+    assert first.buffer_bytes == last.buffer_bytes == 4 * 768 * config.train.micro_batch_size * 128
+    parts = (first.parameter_bytes, first.gradient_bytes, first.optimizer_bytes, first.activation_bytes)
+    assert first.total_bytes == sum(parts) + first.buffer_bytes
+
+
+def test_measured_beside_counted() -> None:
+    config = big("parallel.pp=2", "parallel.tp=2", "parallel.dp=2")
+    first, last = memory_beside_measured(config, [2, 2], [1, 5, 2, 3, 7, 9, 8, 6], "cpu")  # ranks 0-3 are stage 0
+    assert (first["measured_peak_bytes"], last["measured_peak_bytes"]) == (5, 9)
+    assert first["measured"] == "resident memory of the process"
+    assert first["total_bytes"] == memory_per_stage(config, [2, 2])[0].total_bytes
+    assert "device" in memory_beside_measured(config, [2, 2], [0] * 8, "cuda")[0]["measured"]
+
+
+@pytest.mark.parametrize("name", ["gpt2_tiny", "llama_tiny", "llama_1b"])
+@pytest.mark.parametrize("layers", [[4], [2, 2], [1, 2, 1]])
+def test_one_rank_per_stage_holds_what_the_stage_holds(name: str, layers: list[int]) -> None:
+    config = big(f"model={name}", f"parallel.pp={len(layers)}")
+    counted = [stage.parameters for stage in stage_counts(config, layers)]
+    last = len(layers) - 1
+    assert counted == [
+        stage_parameters_per_rank(config.model, 1, number, s == 0, s == last) for s, number in enumerate(layers)
+    ]
+
+
+@pytest.mark.parametrize(("name", "tp"), list(product(["gpt2_tiny", "llama_tiny"], [1, 2, 4, 8])))
+def test_the_model_holds_as_many_parameters(name: str, tp: int) -> None:
+    model = make_config(f"model={name}").model
+    kv_size = max(1, tp // model.num_key_value_heads)
+    layers = build_layers(model, TensorParallel(group=None, rank=0, size=tp, kv_group=None, kv_size=kv_size))
+    held = sum(parameter.numel() for parameter in layers.parameters())
+    assert held == stage_parameters_per_rank(model, tp, model.num_hidden_layers, first=True, last=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gradient", "optimizer"),
+    [
+        (["train.precision=fp32"], 4, 8),
+        (["train.precision=fp32", "train.optimizer=sgd"], 4, 0),
+        (["train.precision=fp32", "parallel.zero_stage=1"], 4, (8 + 4) / 2),
+        (["train.precision=bf16"], 2 + 2, (8 + 4) / 2),  # DeepSpeed's bf16 optimizer always shares its state
+        (["train.precision=bf16", "parallel.zero_stage=1"], 2 + 4, (8 + 4) / 2),
+        (["train.precision=bf16", "train.optimizer=sgd"], 2 + 2, 4 / 2),
+    ],
+)
+def test_bytes_per_parameter(overrides: list[str], gradient: float, optimizer: float) -> None:
+    config = make_config("parallel.dp=2", *overrides)
+    assert gradient_bytes_per_parameter(config) == gradient
+    assert optimizer_bytes_per_parameter(config) == optimizer
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_block_activations_are_the_papers_less_dropout_and_scores(tp: int) -> None:
+    """arXiv 2205.05198, equation 2: s b h (10 + 24 / t + 5 a s / (h t)); the masks are 2 of the 10."""
+    config = big("model=gpt2_small", f"parallel.tp={tp}")
+    statistics = 4 * 12 // tp + 2 * 2 * 4
+    counted = block_activation_bytes_per_token(config.model, config.parallel, "bf16")
+    assert counted == 768 * (8 + 24 / tp) + statistics
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_sequence_parallelism_divides_all_block_activations(tp: int) -> None:
+    """arXiv 2205.05198, equation 4: s b h (34 / t + 5 a s / (h t)), with the masks of dropout."""
+    config = big("model=gpt2_small", f"parallel.tp={tp}", "parallel.sequence_parallel=true", "model.dropout=0.1")
+    alone = big("model=gpt2_small", "model.dropout=0.1")
+    counted = block_activation_bytes_per_token(config.model, config.parallel, "bf16")
+    assert counted == (768 * 34 + 4 * 12 + 2 * 2 * 4) / tp
+    assert counted * tp == block_activation_bytes_per_token(alone.model, alone.parallel, "bf16")
+    (sliced,), (whole,) = memory_per_stage(config, [12]), memory_per_stage(alone, [12])
+    logits = config.train.sequence_length * (4 + 8) * (-(-50257 // tp) - 50257 / tp)  # padding
+    assert sliced.activation_bytes - logits == pytest.approx(whole.activation_bytes / tp)
+
+
+def saved_bytes_per_token(model: Model, dtype: torch.dtype) -> float:
+    """What PyTorch keeps for a block's backward, its own parameters aside."""
+    block = TransformerBlock(model, TensorParallel.single(), activation_checkpointing=False).to(dtype)
+    hidden = torch.randn(2, 64, model.hidden_size, dtype=dtype, requires_grad=True)
+    return saved_bytes(block, hidden) / (2 * 64)
+
+
+def test_pytorch_keeps_as_much_for_backward() -> None:
+    gpt2, llama = make_config("model=gpt2_tiny"), make_config("model=llama_tiny")
+    counted = block_activation_bytes_per_token(gpt2.model, gpt2.parallel, "fp32")
+    assert saved_bytes_per_token(gpt2.model, torch.float32) == counted
+    counted = block_activation_bytes_per_token(gpt2.model, gpt2.parallel, "bf16")
+    assert saved_bytes_per_token(gpt2.model, torch.bfloat16) == counted - 8  # statistics in bf16 on CPU
+    # On CPU an RMSNorm keeps the normalized input too; cosines and sines are there once per sequence.
+    norms, rotary = 2 * 4 * llama.model.hidden_size, 2 * 4 * llama.model.head_dim * 64 / (2 * 64)
+    counted = block_activation_bytes_per_token(llama.model, llama.parallel, "fp32")
+    assert saved_bytes_per_token(llama.model, torch.float32) == counted + norms + rotary
+
+
+@pytest.mark.parametrize(("p", "m"), list(product(range(1, 6), range(1, 8))))
+def test_micro_batches_in_flight_follow_from_the_schedule(p: int, m: int) -> None:
+    for stage, instructions in enumerate(build_schedule("1f1b", p, m).stages):
+        now, most = 0, 0
+        for instruction in instructions:
+            now += (instruction.kind == "forward") - (instruction.kind == "backward")
+            most = max(most, now)
+        assert micro_batches_in_flight(stage, p, m) == most
+
+
+def test_activations_of_stages_by_hand() -> None:
+    """gpt2_small in bf16, 3 stages, 4 micro-batches of 2 x 64 tokens."""
+    shape = ["model=gpt2_small", "train.precision=bf16", "train.micro_batch_size=2", "train.sequence_length=64"]
+    config = big(*shape, "parallel.pp=3", "train.global_batch_size=8")
+    stages = memory_per_stage(config, [5, 4, 3])
+    assert [stage.micro_batches_in_flight for stage in stages] == [3, 2, 1]
+    block = 32 * 768 + 4 * 12 + 16
+    hidden, tokens = 2 * 768, 2 * 64
+    logits = 50257 * (2 * 2 + 4 + 2)  # two micro-batches' logits, exponentials in fp32 and bf16
+    assert stages[0].activation_bytes == tokens * 3 * (5 * block + hidden)  # and what goes out
+    assert stages[1].activation_bytes == tokens * 2 * (4 * block + 2 * hidden)  # and what came in
+    assert stages[2].activation_bytes == tokens * (3 * block + hidden + 2 * hidden + logits)
+    full = memory_per_stage(big(*shape, "parallel.pp=3", "train.global_batch_size=8",
+                                "train.activation_checkpointing=full"), [5, 4, 3])  # fmt: skip
+    assert full[0].activation_bytes == tokens * (3 * (5 * hidden + hidden) + block)
+    (alone,) = memory_per_stage(big(*shape, "train.global_batch_size=2"), [12])
+    assert alone.activation_bytes == tokens * (12 * block + 2 * hidden + 50257 * (2 + 4 + 2))
+    assert alone.buffer_bytes == 0
+
+
+def test_flops_conventions_of_gpt2_small_by_hand() -> None:
+    found = flops_conventions(make_config("model=gpt2_small").model, 1024)
+    blocks = 12 * (2 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072) + 4 * 1024 * 768)
+    head = 2 * 768 * 50257
+    attention = 12 * 12 * 12 * 64 * 1024
+    assert found["shardwright"] == 3 * (blocks + head) == 854438400
+    assert found["shardwright_causal"] == 854438400 - attention / 2
+    assert found["megatron_lm"] == 854438400 - attention / 2 + 6 * 768 * (50304 - 50257)
+    assert found["megatron_paper"] == pytest.approx(96 * 12 * 768**2 * (1 + 1024 / (6 * 768) + 50257 / (16 * 12 * 768)))
+    assert found["palm"] == found["torchtitan"] == 6 * (124439808 - 1024 * 768) + attention
+
+
+def test_flops_conventions_of_llama3_8b_by_hand() -> None:
+    found = flops_conventions(make_config("model=llama3_8b").model, 8192)
+    products = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336) + 4096 * 128256
+    attention = 12 * 32 * 32 * 128 * 8192
+    assert found["shardwright"] == 6 * products + attention == 57912852480
+    assert found["shardwright_causal"] == found["megatron_lm"] == 57912852480 - attention / 2
+    assert found["megatron_paper"] == 57912852480 + (6 * (products - 4096 * 128256) + attention) / 3
+    assert found["palm"] == 6 * 8030261248 + attention
+    assert found["torchtitan"] == 6 * (8030261248 - 4096 * 128256) + attention
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2_small", 1024), ("llama3_8b", 8192)])
+def test_conventions_differ_as_much_as_they_do(name: str, length: int) -> None:
+    """No convention is silently another one, and none is far off."""
+    found = flops_conventions(make_config(f"model={name}").model, length)
+    values = sorted(found.values())
+    assert values[-1] / values[0] < 1.6

@@ -1,0 +1,233 @@
+"""Columns and lines of a run against numbers computed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers import MACHINE, make_config, record_attempt, step_records
+
+from harness.machine import Machine
+from harness.record.metrics import (
+    COLUMNS,
+    flops_beside_peers,
+    is_oversubscribed,
+    layout_columns,
+    metrics_line,
+    point_row,
+    row,
+    summarize,
+)
+from harness.record.store import Point, SweepDirectory, environment, write_json
+
+CONTRACT = """point, status, reason, tp, pp, dp, world_size, schedule, micro_batch_size, num_micro_batches,
+global_batch_size, sequence_length, precision, zero_stage, activation_checkpointing, step_seconds, step_seconds_p10,
+step_seconds_p90, tokens_per_second, tokens_per_second_per_device, model_tflops_per_device, mfu, gemm_utilization,
+bubble_fraction_ideal, bubble_fraction_measured, bubble_overhead_ideal, bubble_overhead_measured, peak_memory_bytes,
+first_loss, last_loss, oversubscribed, wandb_run_id, command""".replace("\n", " ").split(", ")
+
+# gpt2_tiny: 4 blocks of hidden 256, sequence 128, vocabulary 256. Per token and block: 2*256*768 (q, k, v)
+# + 2*256*256 (output) + 4*128*256 (attention) + 2*2*256*1024 (feed-forward) = 1703936; head 2*256*256 = 131072.
+FLOPS_PER_TOKEN = 3 * (4 * 1703936 + 131072)
+CAUSAL_FLOPS_PER_TOKEN = FLOPS_PER_TOKEN - 3 * 4 * (4 * 128 * 256) // 2
+
+
+def test_contract_columns_come_first() -> None:
+    assert list(COLUMNS[: len(CONTRACT)]) == CONTRACT
+    assert len(set(COLUMNS)) == len(COLUMNS)
+
+
+def test_layout_columns() -> None:
+    columns = layout_columns(make_config("parallel.pp=2", "parallel.tp=1", "train.micro_batch_size=2"))
+    assert columns == {
+        "tp": 1, "pp": 2, "dp": 1, "world_size": 2, "schedule": "1f1b", "micro_batch_size": 2,
+        "num_micro_batches": 4, "global_batch_size": 8, "sequence_length": 128, "precision": "fp32",
+        "zero_stage": 0, "activation_checkpointing": "none", "bubble_fraction_ideal": 1 / 5,
+        "bubble_overhead_ideal": 1 / 4, "model": "gpt2_tiny", "num_parameters": 3487232,
+        "partition": "uniform", "threads_per_rank": 1,
+    }  # fmt: skip
+    assert set(columns) <= set(COLUMNS)
+
+
+def test_line_has_the_keys_of_the_contract() -> None:
+    config, record = make_config(), step_records([0.5])[0]
+    assert metrics_line(record, config) == {
+        "step": 1,
+        "train/loss": 4.9,
+        "train/learning_rate": 1e-3,
+        "train/grad_norm": None,
+        "perf/step_seconds": 0.5,
+        "perf/tokens_per_second": 8 * 128 / 0.5,
+        "perf/bubble_fraction": 0.25,
+        "memory/peak_bytes": 2**20,
+    }
+
+
+def test_summary_by_hand() -> None:
+    # Two slow warm-up steps, then 0.1 to 1.1 s: median 0.6, and with 11 values p10 and p90 are the second of each end.
+    seconds = [9.0, 9.0, 0.3, 0.2, 0.1, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 0.9, 1.1]
+    summary = summarize(
+        make_config("parallel.tp=2"), step_records(seconds), gemm_flops_per_second=1e11, peak_flops_per_second=1e12,
+        machine=MACHINE,
+    )  # fmt: skip
+    tokens_per_second_per_device = 8 * 128 / 0.6 / 2
+    assert summary == pytest.approx({
+        "step_seconds": 0.6,
+        "step_seconds_p10": 0.2,
+        "step_seconds_p90": 1.0,
+        "tokens_per_second": 8 * 128 / 0.6,
+        "tokens_per_second_per_device": tokens_per_second_per_device,
+        "model_tflops_per_device": tokens_per_second_per_device * FLOPS_PER_TOKEN / 1e12,
+        "model_tflops_per_device_causal": tokens_per_second_per_device * CAUSAL_FLOPS_PER_TOKEN / 1e12,
+        "mfu": tokens_per_second_per_device * FLOPS_PER_TOKEN / 1e12,
+        "gemm_utilization": tokens_per_second_per_device * FLOPS_PER_TOKEN / 1e11,
+        "bubble_fraction_measured": 0.25,
+        "bubble_overhead_measured": 1 / 3,
+        "peak_memory_bytes": 13 * 2**20,
+        "first_loss": 4.9,
+        "last_loss": 3.7,
+        "oversubscribed": False,
+        "eval_loss": None,
+        "eval_perplexity": None,
+        "drift": None,
+        "warmup_steps_detected": 2,
+    })  # fmt: skip
+    assert set(summary) <= set(COLUMNS)
+    json.dumps(summary)  # plain numbers
+
+
+def test_conventions_of_peers_are_rates_too() -> None:
+    rates = flops_beside_peers(make_config(), 1000.0, 1e11)
+    assert rates["shardwright"] == pytest.approx(
+        {"tflops_per_device": FLOPS_PER_TOKEN / 1e9, "mfu": FLOPS_PER_TOKEN / 1e8}
+    )
+    assert {"megatron_lm", "palm", "torchtitan"} < set(rates)
+    assert flops_beside_peers(make_config(), 1000.0, None)["palm"]["mfu"] is None
+
+
+def test_percentiles_interpolate() -> None:
+    summary = summarize(
+        make_config("train.warmup_steps=0"), step_records([1.0, 2.0]), gemm_flops_per_second=None,
+        peak_flops_per_second=None, machine=MACHINE,
+    )  # fmt: skip
+    assert (summary["step_seconds_p10"], summary["step_seconds"], summary["step_seconds_p90"]) == (1.1, 1.5, 1.9)
+
+
+def test_warm_up_counts_steps_of_this_launch() -> None:
+    records = [type(record)(**{**vars(record), "step": record.step + 100}) for record in step_records([5.0, 5.0, 1.0])]
+    summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    assert summary["step_seconds"] == summary["step_seconds_p10"] == summary["step_seconds_p90"] == 1.0
+
+
+def test_what_is_not_known_is_none() -> None:
+    records = [type(r)(**{**vars(r), "peak_memory_bytes": None}) for r in step_records([1.0, 1.0, 1.0])]
+    summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    assert summary["mfu"] is summary["gemm_utilization"] is summary["peak_memory_bytes"] is None
+
+
+def test_a_loss_that_diverged_is_no_unknown() -> None:
+    records = [type(r)(**{**vars(r), "loss": math.nan}) for r in step_records([1.0, 1.0, 1.0])]
+    summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    assert math.isnan(summary["last_loss"])
+
+
+def test_oversubscribed_counts_threads_on_cpu_only() -> None:
+    two, one = make_config("parallel.tp=2"), make_config()
+    assert not is_oversubscribed(two, MACHINE)
+    assert is_oversubscribed(make_config("parallel.tp=2", "launch.threads_per_rank=2"), MACHINE)
+    assert is_oversubscribed(make_config("parallel.tp=2", "parallel.pp=2"), MACHINE)
+    assert not is_oversubscribed(one, MACHINE)
+    gpus = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 1, 2**30)
+    assert not is_oversubscribed(make_config("parallel.tp=8", machine=gpus), gpus)
+
+
+class TestRow:
+    def test_of_a_measured_attempt(self, tmp_path: Path) -> None:
+        attempt = record_attempt(SweepDirectory(tmp_path, "grid"), "parallel.pp=2", identity="0123abcd")
+        found = row(attempt, environment(MACHINE))
+        assert set(found) == set(COLUMNS)
+        assert (found["point"], found["attempt"]) == ("tp1_pp2_dp1_mbs1_0123abcd", 1)
+        assert (found["status"], found["reason"], found["stale"], found["mfu"]) == ("ok", None, False, None)
+        assert found["step_seconds"] == pytest.approx(0.1)
+        assert found["command"] == "deepspeed --num_gpus 2 launchers/train.py"
+        write_json(attempt.wandb_file, {"run_id": "abc"})
+        assert row(attempt)["wandb_run_id"] == "abc"
+        assert row(attempt)["stale"] is None
+        assert row(attempt, {"code": "another"})["stale"] is True
+
+    def test_of_a_failed_attempt_tells_its_layout(self, tmp_path: Path) -> None:
+        failed = record_attempt(
+            SweepDirectory(tmp_path, "grid"), "parallel.tp=2", "parallel.pp=2", status="oom", reason="too big"
+        )
+        found = row(failed)
+        assert (found["status"], found["reason"], found["tp"], found["world_size"]) == ("oom", "too big", 2, 4)
+        assert found["oversubscribed"] is True
+        assert found["step_seconds"] is None  # it was warming up
+        assert found["last_loss"] == pytest.approx(4.8)
+
+    def test_of_a_refused_point_tells_what_was_asked(self, tmp_path: Path) -> None:
+        sweep = SweepDirectory(tmp_path, "grid")
+        overrides = ["parallel.tp=3", "parallel.dp=fill", "train.micro_batch_size=[1]", "train.precision=bf16"]
+        found = row(sweep.record_invalid(overrides, None, "no", "python launchers/train.py parallel.tp=3"))
+        assert (found["status"], found["reason"], found["tp"], found["precision"]) == ("invalid", "no", 3, "bf16")
+        assert found["command"] == "python launchers/train.py parallel.tp=3"
+        assert found["dp"] is found["micro_batch_size"] is found["world_size"] is None
+
+    def test_survives_damage(self, tmp_path: Path) -> None:
+        attempt = record_attempt(SweepDirectory(tmp_path, "grid"))
+        attempt.result_file.write_text('{"row": 3}')
+        assert row(attempt)["step_seconds"] is None
+        attempt.result_file.write_text('{"row": {"step_seco')
+        assert row(attempt)["status"] == "crashed"
+        attempt.status_file.write_text("")
+        attempt.config_file.write_text("parallel: [")
+        found = row(attempt)
+        assert (found["status"], found["tp"]) == ("interrupted", None)
+
+
+class TestRepeats:
+    STEPS = ([9.0, 9.0, 0.1, 0.2, 0.3], [9.0, 9.0, 0.5, 0.6, 0.7], [9.0, 9.0, 0.2, 0.3, 0.4])
+
+    def test_count_as_one(self, tmp_path: Path) -> None:
+        for seconds in self.STEPS:
+            attempt = record_attempt(SweepDirectory(tmp_path, "grid"), step_seconds=seconds)
+        found = point_row(attempt.point)
+        assert found is not None
+        assert (found["repeats"], found["attempt"], found["step_seconds"]) == (3, 3, 0.3)  # of 0.2, 0.6 and 0.3
+        # Of .1 .2 .2 .3 .3 .4 .5 .6 .7: a tenth between the first two is 0.18, nine tenths 0.62.
+        assert found["step_seconds_p10"] == pytest.approx(0.18)
+        assert found["step_seconds_p90"] == pytest.approx(0.62)
+        assert found["tokens_per_second"] == pytest.approx(8 * 128 / 0.3)
+        assert (found["tp"], found["peak_memory_bytes"]) == (1, 5 * 2**20)
+
+    def test_rates_follow_from_the_step(self, tmp_path: Path) -> None:
+        for seconds in self.STEPS[:2]:
+            attempt = record_attempt(SweepDirectory(tmp_path, "grid"), step_seconds=seconds)
+        found = point_row(attempt.point)
+        assert found is not None
+        assert found["step_seconds"] == pytest.approx(0.4)  # between 0.2 and 0.6
+        assert found["tokens_per_second"] == pytest.approx(8 * 128 / 0.4)
+        assert found["model_tflops_per_device"] == pytest.approx(8 * 128 / 0.4 * FLOPS_PER_TOKEN / 1e12)
+
+    def test_a_failed_one_is_shown_alone_and_an_interrupted_one_not_at_all(self, tmp_path: Path) -> None:
+        sweep = SweepDirectory(tmp_path, "grid")
+        for seconds in self.STEPS[:2]:
+            attempt = record_attempt(sweep, step_seconds=seconds)
+        record_attempt(sweep, status="interrupted", reason="stopped")
+        assert (point_row(attempt.point) or {})["repeats"] == 2
+        record_attempt(sweep, status="oom", reason="too big")
+        found = point_row(attempt.point) or {}
+        assert (found["status"], found["repeats"], found["step_seconds"]) == ("oom", None, None)
+
+    def test_survive_damage(self, tmp_path: Path) -> None:
+        for seconds in self.STEPS:
+            attempt = record_attempt(SweepDirectory(tmp_path, "grid"), step_seconds=seconds)
+        for other in attempt.point.attempts():
+            other.metrics_file.write_text('{"step": 1}\n{"st')
+        write_json(attempt.result_file, {"row": []})
+        found = point_row(attempt.point) or {}
+        assert found["repeats"] == 3
+        assert found["step_seconds"] == pytest.approx(0.4)  # of the two that have one
+        assert point_row(Point(tmp_path / "none")) is None

@@ -1,0 +1,112 @@
+"""Every layout with every option computes the training of one rank.
+
+The full product of layouts and options has thousands of rows. Here stand all pairs of option values, every
+layout being one of the options, so that each layout meets each option at least once (allpairspy, a greedy
+covering array), and besides the plain grid tp, pp, dp in {1, 2} with micro-batches of 1 and 2. Layouts of one
+number of ranks share launches: their engines are built one after the other in one process group.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from allpairspy import AllPairs
+from distributed import run_ranks
+
+LAYOUTS = [
+    (tp, pp, dp) for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)) if tp * pp * dp <= 8
+]  # more than 8 ranks are beyond a test on two cores
+OPTIONS: dict[str, list[list[str]]] = {
+    "model": [
+        ["model=gpt2_tiny"],
+        ["model=gpt2_tiny", "model.tie_word_embeddings=false"],
+        ["model=llama_tiny", "model.tie_word_embeddings=true"],
+        ["model=llama_tiny"],
+    ],
+    "precision": [["train.precision=fp32"], ["train.precision=bf16"]],
+    "zero": [["parallel.zero_stage=0"], ["parallel.zero_stage=1"]],
+    "checkpointing": [["train.activation_checkpointing=none"], ["train.activation_checkpointing=full"]],
+    "micro_batch": [["train.micro_batch_size=1"], ["train.micro_batch_size=2"]],
+    "partition": [[f"parallel.partition={kind}"] for kind in ("uniform", "parameters", "cost", "LISTED")],
+    "vocabulary": [["model.vocab_size=64"], ["model.vocab_size=67"]],  # 67 divides by no tp
+    "sequence": [  # sliced, a length must divide by tp
+        ["train.sequence_length=12", "parallel.sequence_parallel=false"],
+        ["train.sequence_length=13", "parallel.sequence_parallel=false"],
+        ["train.sequence_length=12", "parallel.sequence_parallel=true"],
+    ],
+    "kv_heads": [[f"model.num_key_value_heads={heads}"] for heads in (4, 2, 1)],  # fewer than tp, too
+}
+LISTED = {1: "[6]", 2: "[2,4]", 4: "[1,2,2,1]"}
+MICRO_BATCHES = 4
+ROWS_PER_LAUNCH = 6
+"""gloo keeps some threads of every engine's groups, and hundreds of them slow the ranks down."""
+
+Row = tuple[tuple[int, int, int], list[str]]
+
+
+def plain_rows() -> list[Row]:
+    """tp, pp, dp in {1, 2}, micro-batches of 1 and 2, four micro-batches."""
+    return [
+        (layout, overrides_of(layout, [[f"train.micro_batch_size={size}"]], size))
+        for layout in product((1, 2), repeat=3)
+        for size in (1, 2)
+    ]
+
+
+def paired_rows() -> list[Row]:
+    """A covering array of all pairs of layouts and option values."""
+    rows = []
+    for layout, *choices in AllPairs([LAYOUTS, *OPTIONS.values()]):
+        chosen = dict(zip(OPTIONS, choices, strict=True))
+        size = int(chosen["micro_batch"][0][-1])
+        rows.append((layout, overrides_of(layout, list(chosen.values()), size)))
+    return rows
+
+
+def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_batch_size: int) -> list[str]:
+    tp, pp, dp = layout
+    return [
+        *(override.replace("LISTED", LISTED[pp]) for choice in choices for override in choice),
+        f"parallel.tp={tp}",
+        f"parallel.pp={pp}",
+        f"parallel.dp={dp}",
+        f"train.global_batch_size={micro_batch_size * dp * MICRO_BATCHES}",
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
+def test_parity(world_size: int, tmp_path: Path) -> None:
+    rows = [row for row in plain_rows() + paired_rows() if row[0][0] * row[0][1] * row[0][2] == world_size]
+    answers = []
+    for first in range(0, len(rows), ROWS_PER_LAUNCH):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        chosen = [overrides for _, overrides in rows[first : first + ROWS_PER_LAUNCH]]
+        answers += run_ranks(world_size, "ranks_parity", chosen, folder)
+    failures = [
+        f"{' '.join(overrides)}\n    {comparison}"
+        for (_, overrides), comparisons in zip(rows, answers, strict=True)
+        for comparison in comparisons
+        if not comparison["passed"]
+    ]
+    assert not failures, "\n".join(failures)
+
+
+def test_every_layout_meets_every_option() -> None:
+    rows = paired_rows()
+    for layout, (name, values) in product(LAYOUTS, OPTIONS.items()):
+        for value in values:
+            wanted = {override.replace("LISTED", LISTED[layout[1]]) for override in value}
+            assert any(row == layout and wanted <= {*chosen} for row, chosen in rows), (layout, name, value)
+
+
+def test_pairs_cover_all_pairs() -> None:
+    rows: list[list[Any]] = [list(row) for row in AllPairs([LAYOUTS, *OPTIONS.values()])]
+    factors: list[list[Any]] = [LAYOUTS, *OPTIONS.values()]
+    for i, j in product(range(len(factors)), repeat=2):
+        for a, b in product(factors[i], factors[j]):
+            if i < j:
+                assert any(row[i] == a and row[j] == b for row in rows)

@@ -1,0 +1,333 @@
+"""Process trees: the real `deepspeed` launcher on ranks that do nothing, fail, hang or refuse to die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import MACHINE, make_config
+
+from harness.launch import process
+from harness.launch.process import Outcome, child_environment, command, run_attempt
+from harness.machine import Machine
+from harness.record.store import Attempt, SweepDirectory, write_json
+
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+attempt, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+kind = (attempt / "kind").read_text()
+(attempt / f"pid{rank}").write_text(f"{os.getpid()} {os.getppid()}")
+os.write(1, f"rank {rank} is here\\n".encode())
+
+def fail(rank, type, message, oom=False):
+    (attempt / "errors").mkdir(exist_ok=True)
+    error = dict(rank=rank, type=type, message=message, oom=oom, time=time.time(), traceback="")
+    (attempt / "errors" / f"rank{rank:05d}.json").write_text(json.dumps(error))
+    sys.exit(1)
+
+if kind == "ok":
+    if rank == 0:
+        (attempt / "result.json.tmp").write_text('{"row": {}}')
+        (attempt / "result.json.tmp").replace(attempt / "result.json")
+    time.sleep(60)  # an interpreter that is slow to end
+elif kind == "crash":
+    if rank == 0:
+        time.sleep(0.2)
+        fail(0, "RuntimeError", "[gloo] Connection closed by peer [127.0.0.1]:1234")
+    time.sleep(0.1)
+    fail(1, "ValueError", "the cause\\nand more")
+elif kind == "stuck":
+    import struct
+    (attempt / "heartbeat").mkdir(exist_ok=True)
+    for count in range(1, 20):  # a while of progress
+        record = struct.pack("<qqqq32s", count, 3, rank, 0, b"backward" if rank else b"recv_gradient")
+        (attempt / "heartbeat" / f"rank{rank:05d}").write_bytes(record)
+        time.sleep(0.1)
+    time.sleep(600)
+elif kind in ("hang", "stubborn"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if kind == "stubborn" and os.fork() == 0:
+        os.setsid()  # a grandchild that leaves the session
+        (attempt / f"child{rank}").write_text(str(os.getpid()))
+    time.sleep(600)
+elif kind == "killed":
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+elif kind == "import":
+    raise ImportError("no module of that name")
+"""
+
+
+@pytest.fixture
+def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
+    """An attempt whose ranks run the script above."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "fake_rank.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.setattr(process, "WORKER", "fake_rank")
+    return SweepDirectory(tmp_path, "runs").point(make_config(), "00000000").new_attempt()
+
+
+def run(attempt: Attempt, kind: str, *overrides: str, echo: bool = False) -> Outcome:
+    (attempt.path / "kind").write_text(kind)
+    config = make_config("parallel.dp=2", *overrides)
+    attempt.write_config(config)
+    outcome = run_attempt(attempt, config, MACHINE, echo)
+    assert attempt.status()["status"] == outcome.status
+    assert attempt.status()["reason"] == outcome.reason
+    assert running(attempt) == []
+    return outcome
+
+
+def running(attempt: Attempt) -> list[str]:
+    """Commands of the processes that work on an attempt."""
+    processes = [process.info for process in psutil.process_iter(["cmdline", "status"])]
+    commands = [" ".join(info["cmdline"] or []) for info in processes if info["status"] != psutil.STATUS_ZOMBIE]
+    return [command for command in commands if str(attempt.path) in command]
+
+
+def pids(attempt: Attempt, rank: int) -> tuple[int, int]:
+    """Process and parent (launch.py) of a rank that has begun."""
+    file = attempt.path / f"pid{rank}"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pid, parent = file.read_text().split()
+    return int(pid), int(parent)
+
+
+def test_a_result_ends_the_attempt(attempt: Attempt, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(attempt, "ok", echo=True) == Outcome("ok")
+    printed = capfd.readouterr().out
+    assert sorted(printed.splitlines()) == ["rank 0 is here", "rank 1 is here"]
+    assert "rank 1 is here" in attempt.log_file.read_text()
+    assert attempt.status()["environment"]["hardware"]["device_name"] == MACHINE.device_name
+
+
+def test_the_first_real_error_is_the_reason(attempt: Attempt) -> None:
+    assert run(attempt, "crash") == Outcome("crashed", "rank 1: ValueError: the cause")
+
+
+def test_a_hanging_run_is_given_up_and_nothing_remains(attempt: Attempt) -> None:
+    began = time.monotonic()
+    outcome = run(attempt, "stubborn", "launch.timeout_seconds=10.0")
+    assert outcome == Outcome("timeout", "no result after launch.timeout_seconds=10; no step was done")
+    assert time.monotonic() - began < 20
+    for rank in (0, 1):
+        child = int((attempt.path / f"child{rank}").read_text())
+        assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_ranks_that_make_no_progress_are_given_up(attempt: Attempt) -> None:
+    stood = "rank 0 in recv_gradient of micro-batch 0, step 3; rank 1 in backward of micro-batch 1, step 3"
+    assert run(attempt, "stuck", "launch.hang_seconds=2.0") == Outcome(
+        "hang", f"no progress for launch.hang_seconds=2; {stood}"
+    )
+    assert attempt.status()["ranks_stood"] == {part[5]: part[7:] for part in stood.split("; ")}
+    assert "rank 0 is here" in attempt.status()["log_end"]
+
+
+def test_a_killed_guard_leaves_nothing_and_is_no_success(attempt: Attempt) -> None:
+    def kill() -> None:
+        pids(attempt, rank=1)
+        os.kill(attempt.status()["guard"]["pid"], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = run(attempt, "stubborn")
+    killer.join()
+    assert outcome == Outcome("crashed", "the guard was ended by SIGKILL")
+
+
+def guarded(code: str, grace: float = 1.0, memory: str = "", cores: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-I", "-S", str(process.GUARD), str(grace), memory, cores, sys.executable, "-c", code]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 11)", 128 + 11), ("pass", 0)],
+)
+def test_a_guard_passes_on_how_its_command_ended(code: str, status: int) -> None:
+    assert guarded(code).wait(20) == status
+
+
+DAEMON = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:  # no parent, no session in common
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize("how", ["command ends", "pipe ends", "at once", "SIGTERM"])
+def test_a_guard_ends_whatever_its_command_left(how: str) -> None:
+    guard = guarded(DAEMON + ("" if how == "command ends" else "time.sleep(600)"), grace=1.0)
+    assert guard.stdin
+    assert guard.stdout
+    daemon = int(guard.stdout.readline())
+    began = time.monotonic()
+    if how == "at once":
+        guard.stdin.write("0")
+        guard.stdin.flush()
+    elif how == "SIGTERM":
+        guard.terminate()
+    if how in ("at once", "pipe ends"):
+        guard.stdin.close()
+    guard.wait(20)
+    assert not psutil.pid_exists(daemon)
+    assert (time.monotonic() - began >= 1.0) == (how != "at once")
+
+
+def test_a_guard_limits_memory_and_cores() -> None:
+    core = str(min(os.sched_getaffinity(0)))
+    code = "import os; print(os.sched_getaffinity(0)); bytearray(10**9)"
+    guard = guarded(code, memory=str(5 * 10**8), cores=core)
+    assert guard.wait(30) == 1
+    output, errors = guard.communicate()
+    assert output == f"{{{core}}}\n"
+    assert errors.endswith("MemoryError\n")
+
+
+def test_a_killed_launcher_is_no_success(attempt: Attempt) -> None:
+    def kill() -> None:
+        os.kill(pids(attempt, rank=1)[1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = run(attempt, "stubborn")
+    killer.join()
+    assert outcome.status == "crashed"
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("deepspeed ended with exit status 0 and without a result; the log ends with 'rank")
+
+
+def test_a_killed_rank_is_named_by_its_signal(attempt: Attempt) -> None:
+    assert run(attempt, "killed") == Outcome("crashed", "a rank was ended by SIGKILL")
+
+
+def test_a_signal_to_the_harness_ends_the_tree(attempt: Attempt) -> None:
+    def stop() -> None:
+        pids(attempt, rank=1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the impatient send it twice
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    outcome = run(attempt, "stubborn")
+    stopper.join()
+    assert outcome == Outcome("interrupted", "stopped by SIGTERM before it finished")
+
+
+def test_ranks_do_not_outlive_a_killed_harness(attempt: Attempt) -> None:
+    (attempt.path / "kind").write_text("hang")
+    attempt.write_config(make_config("parallel.dp=2"))
+    code = """
+import sys
+from pathlib import Path
+from harness.launch import process
+from harness.machine import detect_machine
+from harness.record.store import Attempt
+process.WORKER, attempt = "fake_rank", Attempt(Path(sys.argv[1]))
+process.run_attempt(attempt, attempt.config(), detect_machine(), echo=False)
+"""
+    environment = child_environment(make_config(), MACHINE)
+    harness = subprocess.Popen([sys.executable, "-c", code, str(attempt.path)], env=environment)
+    for rank in (0, 1):
+        pids(attempt, rank)
+    harness.kill()
+    harness.wait()
+    deadline = time.monotonic() + 10
+    while running(attempt) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(attempt) == []
+
+
+def test_without_error_files_the_log_is_read(attempt: Attempt) -> None:
+    assert run(attempt, "import") == Outcome("crashed", "ImportError: no module of that name")
+
+
+def test_a_taken_port_is_tried_once_more(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def start(attempt: Attempt, *_: object) -> Outcome:
+        starts.append(sorted(path.name for path in attempt.path.glob("errors/*")))
+        attempt.log_file.touch()
+        attempt.error_file(0).parent.mkdir(exist_ok=True)
+        write_json(attempt.error_file(0), {"type": "DistNetworkError", "message": "EADDRINUSE", "time": 1.0})
+        return Outcome("crashed", "port")
+
+    monkeypatch.setattr(process, "_run_once", start)
+    run_attempt(attempt, make_config(), MACHINE, echo=False)
+    assert starts == [[], []]
+    run_attempt(attempt, make_config("launch.master_port=29501"), MACHINE, echo=False)
+    assert len(starts) == 3
+
+
+def error(rank: int, type: str, message: str, oom: bool = False) -> dict[str, object]:
+    return {"rank": rank, "type": type, "message": message, "oom": oom, "time": float(rank)}
+
+
+LOST = error(0, "RuntimeError", "Connection closed by peer [127.0.0.1]:1")
+
+
+@pytest.mark.parametrize(
+    ("errors", "exit_status", "oom_killed", "log", "expected"),
+    [
+        ([LOST, error(1, "OutOfMemoryError", "CUDA out of memory", oom=True)], 1, False, "",
+         Outcome("oom", "rank 1: OutOfMemoryError: CUDA out of memory")),
+        ([error(0, "ValueError", "other"), error(1, "MemoryError", "", oom=True)], 1, False, "",
+         Outcome("oom", "rank 1: MemoryError: ")),
+        ([LOST], 247, True, "", Outcome("oom", "rank 1 was ended by SIGKILL: the kernel ran out of memory")),
+        ([LOST], 245, False, "", Outcome("crashed", "rank 1 was ended by SIGSEGV")),
+        ([], 128 + 15, False, "", Outcome("crashed", "the deepspeed launcher was ended by SIGTERM")),
+        ([], -9, False, "", Outcome("crashed", "the guard was ended by SIGKILL")),
+        ([], 247, False, "", Outcome("crashed", "a rank was ended by SIGKILL")),
+        ([], 1, False, "RuntimeError: DefaultCPUAllocator: can't allocate memory",
+         Outcome("oom", "RuntimeError: DefaultCPUAllocator: can't allocate memory")),
+        ([LOST], 1, False, "", Outcome("crashed", "rank 0: RuntimeError: Connection closed by peer [127.0.0.1]:1")),
+        ([], 1, False, "a\nRuntimeError: b\n[2026-01-01 00:00:00,0] [ERROR] [launch.py] c\n\n",
+         Outcome("crashed", "RuntimeError: b")),
+        ([], 3, False, "", Outcome("crashed", "deepspeed ended with exit status 3 and without a result")),
+    ],
+)  # fmt: skip
+def test_diagnosis(
+    errors: list[dict[str, object]], exit_status: int, oom_killed: bool, log: str, expected: Outcome, tmp_path: Path
+) -> None:
+    (tmp_path / "log.txt").write_text(log)
+    assert process._diagnose(errors, exit_status, oom_killed, tmp_path / "log.txt", 2) == expected
+
+
+def test_gpus_are_started_by_number(attempt: Attempt) -> None:
+    machine = Machine("cuda", "some GPU", 3, 8, 2**33, visible_devices=(1, 3, 5))
+    arguments = command(attempt, make_config("parallel.tp=2"), machine, 1234)
+    assert arguments[arguments.index("--include") + 1] == "localhost:1,3"
+    assert "--num_gpus" not in arguments
+
+
+def test_ranks_inherit_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = "RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE MASTER_ADDR MASTER_PORT CROSS_RANK CUDA_VISIBLE_DEVICES".split()
+    for name in foreign:
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    environment = child_environment(make_config("launch.threads_per_rank=2"), MACHINE)
+    assert not set(foreign) & set(environment)
+    assert environment["NCCL_DEBUG"] == "INFO"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["PYTHONPATH"].startswith(str(process.REPOSITORY))
+    assert environment["PATH"].startswith(str(Path(sys.executable).parent))
