@@ -2,8 +2,8 @@
 
 The full product of layouts and options has thousands of rows. Here stand all pairs of option values, every
 layout being one of the options, so that each layout meets each option at least once (allpairspy, a greedy
-covering array), and besides the plain grid tp, pp, dp in {1, 2} with micro-batches of 1 and 2. Layouts of one
-number of ranks share launches: their engines are built one after the other in one process group.
+covering array), and besides the plain grid tp, pp, dp in {1, 2} with micro-batches of 1 and 2. All layouts of one
+number of ranks share a launch: their engines are built one after the other in one process group.
 """
 
 from __future__ import annotations
@@ -41,8 +41,6 @@ OPTIONS: dict[str, list[list[str]]] = {
 }
 LISTED = {1: "[6]", 2: "[2,4]", 4: "[1,2,2,1]"}
 MICRO_BATCHES = 4
-ROWS_PER_LAUNCH = 6
-"""gloo keeps some threads of every engine's groups, and hundreds of them slow the ranks down."""
 
 Row = tuple[tuple[int, int, int], list[str]]
 
@@ -80,12 +78,7 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
 @pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
 def test_parity(world_size: int, tmp_path: Path) -> None:
     rows = [row for row in plain_rows() + paired_rows() if row[0][0] * row[0][1] * row[0][2] == world_size]
-    answers = []
-    for first in range(0, len(rows), ROWS_PER_LAUNCH):
-        folder = tmp_path / str(first)
-        folder.mkdir()
-        chosen = [overrides for _, overrides in rows[first : first + ROWS_PER_LAUNCH]]
-        answers += run_ranks(world_size, "ranks_parity", chosen, folder)
+    answers = run_ranks(world_size, "ranks_parity", [overrides for _, overrides in rows], tmp_path, timeout=900)
     failures = [
         f"{' '.join(overrides)}\n    {comparison}"
         for (_, overrides), comparisons in zip(rows, answers, strict=True)

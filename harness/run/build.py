@@ -98,8 +98,11 @@ class Training:
 
     def destroy(self) -> None:
         """Free the engine and its process groups, for each of which gloo keeps threads and connections."""
-        self.engine.destroy()
-        grid = self.engine.grid
+        engine, grid = self.engine, self.engine.grid
+        engine.destroy()
+        # The last stage's loss has a hook that holds the engine: a cycle that garbage collection can't see.
+        engine.loss = engine.total_loss = None
+        engine.pipe_buffers.clear()
         groups = [self.module.world_group, self.tp.group, self.tp.kv_group]
         groups += [grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
         groups += [tied["group"] for tied in self.module.tied_comms.values()]
