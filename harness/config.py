@@ -292,6 +292,11 @@ class RunConfig(Section):
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
 
     @property
+    def gradient_dtype(self) -> str:
+        """Type in which micro-batch gradients add up; without ZeRO DeepSpeed offers only the model's own."""
+        return "fp32" if self.train.precision == "bf16" and self.parallel.zero_stage > 0 else self.train.precision
+
+    @property
     def slug(self) -> str:
         """Layout in short, for folder names."""
         p = self.parallel
@@ -599,6 +604,7 @@ DEEPSPEED_DERIVED = {
     "tensor_parallel": "parallel.tp",
     "expert_parallel": "nothing: the models have no experts",
     "managed_gradient_accumulation": "nothing: the pipeline engine accumulates",
+    "gradient_allreduce_op": "nothing: the gradients of replicas are averaged",
     "pipeline.pipe_partitioned": "parallel.sequence_parallel, with which slices of activations cross stages",
     "pipeline.grad_partitioned": "parallel.sequence_parallel, with which slices of gradients cross stages",
     "pipeline.activation_checkpoint_interval": "train.activation_checkpointing",

@@ -300,6 +300,8 @@ class SpanFile(NamedTuple):
     header: dict[str, Any]
     """Of the first line, and of the last one, which only a run that came to its end wrote."""
     spans: list[Span]
+    memory: Sequence[tuple[int, int]] = ()
+    """Clock in nanoseconds, bytes in use; of the steps in `tracking.trace_steps`."""
 
     @property
     def complete(self) -> bool:
@@ -334,17 +336,19 @@ def read_spans(path: Path) -> SpanFile:
             header = None
         if not isinstance(header, dict):
             raise ValueError(f"{path} is no span file: its first line is not a header")
-        spans = []
+        spans, memory = [], list[tuple[int, int]]()
         for line in file:
             try:
                 content = json.loads(line)
                 if isinstance(content, dict) and "num_spans" in content:
                     header |= content
+                elif isinstance(content, dict):
+                    memory += [(int(moment), int(size)) for moment, size in content["memory"]]
                 else:
                     spans.append(Span(*content))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, KeyError):
                 break
-    return SpanFile(header, spans)
+    return SpanFile(header, spans, memory)
 
 
 def aligned(file: SpanFile) -> SpanFile:
@@ -353,7 +357,8 @@ def aligned(file: SpanFile) -> SpanFile:
     if start is None:
         return file
     shift = to_reference(ClockOffset(*start), end and ClockOffset(*end))
-    return SpanFile(file.header, [s._replace(start_ns=shift(s.start_ns), end_ns=shift(s.end_ns)) for s in file.spans])
+    spans = [span._replace(start_ns=shift(span.start_ns), end_ns=shift(span.end_ns)) for span in file.spans]
+    return SpanFile(file.header, spans, [(shift(moment), size) for moment, size in file.memory])
 
 
 def as_dict(value: StageActivity | Bubble) -> dict[str, Any]:
@@ -361,11 +366,7 @@ def as_dict(value: StageActivity | Bubble) -> dict[str, Any]:
     return asdict(value)
 
 
-def chrome_trace(
-    ranks: Sequence[SpanFile],
-    steps: Collection[int] | None = None,
-    memory: Mapping[int, Sequence[tuple[int, int]]] | None = None,
-) -> dict[str, Any]:
+def chrome_trace(ranks: Sequence[SpanFile], steps: Collection[int] | None = None) -> dict[str, Any]:
     """Trace of several ranks that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
     A process per rank with nested slices, an arrow from each send to its receive, and a memory counter.
@@ -374,7 +375,6 @@ def chrome_trace(
     Args:
         ranks: spans of every rank on one clock; headers name `rank`, `pp`, `dp` and `tp`.
         steps: which to show; all if None.
-        memory: (clock nanoseconds, bytes) by rank.
 
     Raises:
         ValueError: a step without spans.
@@ -384,7 +384,7 @@ def chrome_trace(
     if missing := sorted(chosen.difference(there)):
         held = f"steps {there[0]} to {there[-1]}" if there else "no step"
         raise ValueError(f"there are no spans of step {missing[0]}; the trace holds {held}")
-    files = [SpanFile(file.header, [s for s in file.spans if s.step in chosen and s.kind != STEP]) for file in ranks]
+    files = [file._replace(spans=[s for s in file.spans if s.step in chosen and s.kind != STEP]) for file in ranks]
     moments = [moment for file in files for span in file.spans for moment in (span.start_ns, span.end_ns)]
     origin, end = min(moments, default=0), max(moments, default=0)
 
@@ -393,13 +393,15 @@ def chrome_trace(
         return {"ph": phase, "name": name, "pid": rank + 1, "tid": rank + 1, "ts": (moment_ns - origin) / 1e3, **fields}
 
     events = []
-    for header, spans in files:
+    for header, spans, memory in files:
         place = ", ".join(f"{axis} {header[axis]}" for axis in ("pp", "dp", "tp"))
         events.append(event("M", "process_name", header["rank"], args={"name": f"rank {header['rank']} ({place})"}))
         events.append(event("M", "process_sort_index", header["rank"], args={"sort_index": header["rank"]}))
         for step, kind, micro_batch, start, stop in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns)):
             arguments = {"step": step, "micro_batch": micro_batch}
             events.append(event("X", kind, header["rank"], start, dur=(stop - start) / 1e3, args=arguments))
+        inside = [(moment, size) for moment, size in memory if origin <= moment <= end]
+        events += [event("C", "memory", header["rank"], moment, args={"bytes": size}) for moment, size in inside]
     numbers = count()
     for pipeline in _pipelines(files):
         for transfer in transfers([file.spans for file in pipeline]):
@@ -408,9 +410,6 @@ def chrome_trace(
             middle = transfer.receive.end_ns - round(transfer.seconds * 1e9) // 2  # surely inside the slice
             events.append(event("s", "transfer", sender, transfer.send.start_ns, **arrow))
             events.append(event("f", "transfer", receiver, middle, bp="e", **arrow))
-    for rank, samples in (memory or {}).items():
-        inside = [(moment, size) for moment, size in samples if origin <= moment <= end]
-        events += [event("C", "memory", rank, moment, args={"bytes": size}) for moment, size in inside]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

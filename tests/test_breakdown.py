@@ -121,3 +121,6 @@ def test_real_models_close_their_accounts_and_show_what_is_inside_an_instruction
     assert trace_problems(trace) == []
     names = {event["name"] for event in trace["traceEvents"]}
     assert {"forward", "backward", "recompute", "tp_all_reduce", "tp_all_gather", "transfer", "reduce_loss"} <= names
+    counters = [event for event in trace["traceEvents"] if event["ph"] == "C"]
+    assert {event["pid"] for event in counters} == {1, 2, 3, 4}
+    assert all(2**26 < event["args"]["bytes"] < 2**32 for event in counters)

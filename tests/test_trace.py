@@ -40,8 +40,8 @@ def of_phase(trace: Trace, phase: str) -> list[dict[str, Any]]:
 
 def test_a_trace_shows_every_rank_and_every_transfer() -> None:
     ranks = build_ranks()
-    memory = {0: [(12345, 1000), (5_012_345, 3000), (10**10, 1)]}
-    trace = json.loads(json.dumps(chrome_trace(ranks, memory=memory)))
+    ranks[0] = ranks[0]._replace(memory=[(12345, 1000), (5_012_345, 3000), (10**10, 1)])
+    trace = json.loads(json.dumps(chrome_trace(ranks)))
     assert trace_problems(trace) == []
     slices = of_phase(trace, "X")
     assert len(slices) == sum(len(file.spans) for file in ranks)
@@ -127,7 +127,7 @@ def drop(phase: str) -> Callable[[Trace], None]:
     ],
 )
 def test_broken_rules_are_named(change: Callable[[Trace], None], problem: str) -> None:
-    trace = copy.deepcopy(chrome_trace(build_ranks(steps=1), memory={0: [(12345, 1)]}))
+    trace = copy.deepcopy(chrome_trace([file._replace(memory=[(12345, 1)]) for file in build_ranks(steps=1)]))
     assert trace_problems(trace) == []
     change(trace)
     assert any(problem in found for found in trace_problems(trace)), trace_problems(trace)

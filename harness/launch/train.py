@@ -31,30 +31,63 @@ RUNS = "runs"
 
 def main(argv: Sequence[str]) -> int:
     """Run one layout through `deepspeed`; the exit status."""
-    try:
-        raw = compose_command_line(argv)
-        if raw is None:
-            return 0
-        machine = detect_machine()
-        config = load_config(raw, machine)
-        attempt = new_attempt(config, SweepDirectory(config.results_dir, RUNS), data_identity(config), argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 1
+    return run_single(argv, RUNS, train)
+
+
+def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
+    """Run an attempt, draw its pictures and mirror it to wandb; the exit status."""
     from harness.breakdown import finish_pictures, start_pictures  # numpy, which --help can do without
     from harness.record.tracking import finish_mirrors
 
     print(f"{config.model.name} {config.slug} m={config.num_micro_batches}: {attempt.path}", flush=True)
     outcome, mirror = run_and_mirror(attempt, config, machine, echo=True)
     pictures = start_pictures(attempt)
-    if outcome.status != "ok":
-        print(f"{outcome.status}: {outcome.reason}\nlog: {attempt.log_file}", file=sys.stderr)
     for warning in finish_mirrors([mirror], config.tracking.wandb.timeout_seconds):
         print(f"warning: {warning}", file=sys.stderr)
     finish_pictures([pictures])
-    return 0 if outcome.status == "ok" else 1
+    return exit_status(attempt, outcome)
+
+
+def run_single(
+    argv: Sequence[str],
+    folder: str,
+    run: Callable[[Attempt, RunConfig, Machine], int],
+    identify: Callable[[RunConfig], str] | None = None,
+) -> int:
+    """What a launcher of one run does: compose, check, make the folder of the run, and `run` it.
+
+    Args:
+        folder: under results_dir.
+        run: with the attempt, its configuration and the machine; returns the exit status.
+        identify: names the point and raises ConfigError for what can't run; default `data_identity`.
+
+    Returns:
+        The exit status: 2 for what can't run, 1 when it was interrupted or the disk takes no more.
+    """
+    try:
+        raw = compose_command_line(argv)
+        if raw is None:
+            return 0
+        machine = detect_machine()
+        config = load_config(raw, machine)
+        identity = (identify or data_identity)(config)
+        return run(new_attempt(config, SweepDirectory(config.results_dir, folder), identity, argv), config, machine)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 1
+
+
+def exit_status(attempt: Attempt, outcome: Outcome) -> int:
+    """0 for an outcome that is ok; otherwise 1, and the user is told."""
+    if outcome.status == "ok":
+        return 0
+    print(f"{outcome.status}: {outcome.reason}\nlog: {attempt.log_file}", file=sys.stderr)
+    return 1
 
 
 def in_rank() -> bool:

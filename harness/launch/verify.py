@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.config import RunConfig, identity, load_config
-from harness.errors import ConfigError
-from harness.launch.train import compose_command_line, data_identity, new_attempt
-from harness.machine import Machine, detect_machine
+from harness.config import RunConfig, identity
+from harness.launch.train import exit_status, run_single
+from harness.machine import Machine
 from harness.plan.twin import twin_of
 from harness.record.store import Attempt, Point, SweepDirectory, write_atomically, write_json
 
@@ -22,25 +21,19 @@ VERIFIED = "verify"
 
 def main(argv: Sequence[str]) -> int:
     """Check one layout; 0 when it passes, 1 when it does not or the check failed, 2 when it can't run."""
-    try:
-        raw = compose_command_line(argv)
-        if raw is None:
-            return 0
-        machine = detect_machine()
-        config = load_config(raw, machine)
-        attempt = new_attempt(config, SweepDirectory(config.results_dir, VERIFIED), data_identity(config), argv)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from harness.launch.process import run_attempt
 
-    outcome = run_attempt(attempt, config, machine, echo=True, task="verify")
-    result = attempt.result() if outcome.status == "ok" else None
-    if result is None:
-        print(f"{outcome.status}: {outcome.reason}\nlog: {attempt.log_file}", file=sys.stderr)
-        return 1
-    print(f"parity: {result['parity']}")
-    return 0 if result["parity"] == "pass" else 1
+    def verify(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
+        from harness.launch.process import run_attempt
+
+        write_atomically(attempt.command_file, shlex.join(["python", "launchers/verify.py", *argv]) + "\n")
+        status = exit_status(attempt, run_attempt(attempt, config, machine, echo=True, task="verify"))
+        if status != 0:
+            return status
+        parity = (attempt.result() or {})["parity"]
+        print(f"parity: {parity}")
+        return 0 if parity == "pass" else 1
+
+    return run_single(argv, VERIFIED, verify)
 
 
 def verify_layouts(

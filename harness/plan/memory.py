@@ -122,11 +122,9 @@ def stage_parameters_per_rank(model: Model, tp: int, layers: int, first: bool, l
 
 
 def gradient_bytes_per_parameter(config: RunConfig) -> int:
-    """The gradient, and in bf16 DeepSpeed's separate sum over micro-batches (fp32 with ZeRO)."""
-    value = BYTES_PER_VALUE[config.train.precision]
-    if config.train.precision != "bf16":
-        return value
-    return value + (FP32_BYTES if config.parallel.zero_stage > 0 else value)
+    """The gradient, and in bf16 DeepSpeed's separate sum over micro-batches."""
+    sums = BYTES_PER_VALUE[config.gradient_dtype] if config.train.precision == "bf16" else 0
+    return BYTES_PER_VALUE[config.train.precision] + sums
 
 
 def optimizer_bytes_per_parameter(config: RunConfig) -> float:

@@ -26,13 +26,14 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": config.num_micro_batches,
         "gradient_clipping": train.gradient_clipping if clips_by_itself(config) else 0.0,
+        "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "fp16": {"enabled": train.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "bf16": {"enabled": train.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": gradient_dtype(config)},
+        "data_types": {"grad_accum_dtype": config.gradient_dtype},
         "zero_optimization": {"stage": parallel.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": train.optimizer == "sgd",
         "pipeline": {
@@ -43,13 +44,6 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         },
     }
     return _merge(settings, config.deepspeed)
-
-
-def gradient_dtype(config: RunConfig) -> str:
-    """Type in which micro-batch gradients add up; without ZeRO DeepSpeed offers only the model's own."""
-    if config.train.precision == "bf16" and config.parallel.zero_stage > 0:
-        return "fp32"
-    return config.train.precision
 
 
 def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class SpanWriter:
         lines = list(span_lines(spans))
         self._num_spans += len(lines)
         self._file.writelines(lines)
+
+    def write_memory(self, samples: Sequence[tuple[int, int]]) -> None:
+        """Add moments of the rank's clock, in nanoseconds, with the bytes in use then."""
+        self._file.write(json.dumps({"memory": samples}, separators=(",", ":")) + "\n")
 
     def close(self, clock_offset: ClockOffset) -> None:
         """End the file, with the offset of the rank's clock as the run ends."""

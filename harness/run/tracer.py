@@ -183,6 +183,26 @@ class Tracer:
         return spans
 
 
+@contextlib.contextmanager
+def memory_samples(engine: PipelineEngine, used_bytes: Callable[[], int]) -> Iterator[list[tuple[int, int]]]:
+    """Within this context, note the host's clock in nanoseconds and the bytes in use after each instruction."""
+    samples: list[tuple[int, int]] = []
+    instructions = engine._INSTRUCTION_MAP
+
+    def sampled(execute: Callable[..., None]) -> Callable[..., None]:
+        def execute_and_look(*arguments: Any, **options: Any) -> None:
+            execute(*arguments, **options)
+            samples.append((time.monotonic_ns(), used_bytes()))
+
+        return execute_and_look
+
+    engine._INSTRUCTION_MAP = {instruction: sampled(execute) for instruction, execute in instructions.items()}
+    try:
+        yield samples
+    finally:
+        engine._INSTRUCTION_MAP = instructions
+
+
 class _Distributed:
     """`torch.distributed` with some of its functions replaced."""
 

@@ -7,11 +7,13 @@ import json
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -42,7 +44,7 @@ from harness.run.evaluate import Evaluation
 from harness.run.gemm import gemm_flops_per_second
 from harness.run.heartbeat import attach_heartbeat
 from harness.run.span_writer import SpanWriter
-from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
+from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock, memory_samples
 from harness.timeline import STEP, Bubble, Span, StageActivity, activity, measured_bubble
 from harness.topology import Topology
 
@@ -124,6 +126,7 @@ class Loop:
         # What ranks tell each other for the record travels over gloo, also where the model uses NCCL.
         self.group = None if device.type == "cpu" else dist.new_group(backend="gloo")
         self._evaluation = evaluation
+        self._process = psutil.Process()
         self._steps_done = 0
         self._clock_offset = measure_clock_offset(self.group)
         self._to_reference = to_reference(self._clock_offset)
@@ -137,21 +140,30 @@ class Loop:
         """One optimizer step (counted from 1), and an evaluation where one is due."""
         engine = self.training.engine
         learning_rate = engine.get_lr()[0]
-        self.tracer.start_step()
-        start = time.monotonic_ns()
-        loss = float(engine.train_batch(data_iter=data))  # waits for the device
-        end = time.monotonic_ns()
+        is_shown = step in self.config.tracking.trace_steps
+        with memory_samples(engine, self._used_bytes) if is_shown else nullcontext() as memory:
+            self.tracer.start_step()
+            start = time.monotonic_ns()
+            loss = float(engine.train_batch(data_iter=data))  # waits for the device
+            end = time.monotonic_ns()
         spans = self.tracer.spans(step)
         self._steps_done += 1
-        tracking = self.config.tracking
-        is_kept = 0 < self._steps_done - self.config.train.warmup_steps <= tracking.span_steps
-        if is_kept or step in tracking.trace_steps:
+        is_kept = 0 < self._steps_done - self.config.train.warmup_steps <= self.config.tracking.span_steps
+        if is_kept or is_shown:
             self._spans.write([*spans, Span(step, STEP, -1, start, end)])
+        if memory:
+            self._spans.write_memory(memory)
         norm = self.training.global_gradient_norm()
         gathered = self._gather(end - start, activity(spans))
         eval_loss = self._evaluate(step)
         if gathered is not None:
             self._record(step, loss, learning_rate, norm, eval_loss, gathered)
+
+    def _used_bytes(self) -> int:
+        """Memory in use now: allocated by torch on a GPU, resident in RAM on CPU."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self.device))
+        return int(self._process.memory_info().rss)
 
     def _evaluate(self, step: int) -> float | None:
         """Loss on the held-out samples where a step ends with an evaluation."""
@@ -261,6 +273,9 @@ def write_result(
     row = layout_columns(config) | summarize(
         config, records, gemm_flops_per_second=gemm, peak_flops_per_second=peak, machine=machine
     )
+    explained = breakdown(read_run(attempt, config))
+    if explained["bubble"] is not None:
+        row["bubble_fraction_simulated"] = explained["bubble"]["simulated"]["fraction"]
     timed = records[config.train.warmup_steps :]
     counts = stage_counts(config, training.blocks_per_stage)
     stages = [
@@ -280,7 +295,7 @@ def write_result(
         "flops_conventions": flops_beside_peers(config, row["tokens_per_second_per_device"], peak),
         "memory": memory_beside_measured(config, training.blocks_per_stage, peak_bytes, machine.device_kind),
         "optimizer": type(training.engine.optimizer).__name__,
-        **breakdown(read_run(attempt, config)),
+        **explained,
     }
     write_json(attempt.result_file, result)
     print_summary(config, result)
