@@ -231,3 +231,13 @@ class TestRepeats:
         assert found["repeats"] == 3
         assert found["step_seconds"] == pytest.approx(0.4)  # of the two that have one
         assert point_row(Point(tmp_path / "none")) is None
+
+
+def test_what_an_emulated_model_would_compute_means_nothing() -> None:
+    config = make_config("model=emulated", "data=synthetic")
+    columns = summarize(
+        config, step_records([0.1] * 20), gemm_flops_per_second=1e9, peak_flops_per_second=1e12, machine=MACHINE
+    )
+    assert columns["tokens_per_second"] > 0
+    for column in ("model_tflops_per_device", "model_tflops_per_device_causal", "mfu", "gemm_utilization"):
+        assert columns[column] is None

@@ -120,8 +120,12 @@ def is_oversubscribed(config: RunConfig, machine: Machine) -> bool:
     Ranks that wait instead of computing need no core of their own.
     """
     threads = config.parallel.world_size * config.launch.threads_per_rank
-    computes = config.model.family != "emulated"
-    return machine.device_kind == "cpu" and computes and threads > machine.num_cores
+    return machine.device_kind == "cpu" and computes(config) and threads > machine.num_cores
+
+
+def computes(config: RunConfig) -> bool:
+    """Whether the model does; an emulated one waits, and what it would compute means nothing."""
+    return config.model.family != "emulated"
 
 
 def summarize(
@@ -150,7 +154,7 @@ def summarize(
         per_token = training_flops_per_token(config.model, config.train.sequence_length, causal)
         return tokens_per_second_per_device * per_token
 
-    flops = flops_per_second(causal=False)
+    flops = flops_per_second(causal=False) if computes(config) else None
     eval_losses = [record.eval_loss for record in records if record.eval_loss is not None]
     memory = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     return {
@@ -159,10 +163,10 @@ def summarize(
         "step_seconds_p90": float(numpy.percentile(seconds, 90)),
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_per_device": tokens_per_second_per_device,
-        "model_tflops_per_device": flops / 1e12,
-        "model_tflops_per_device_causal": flops_per_second(causal=True) / 1e12,
-        "mfu": flops / peak_flops_per_second if peak_flops_per_second else None,
-        "gemm_utilization": flops / gemm_flops_per_second if gemm_flops_per_second else None,
+        "model_tflops_per_device": flops and flops / 1e12,
+        "model_tflops_per_device_causal": flops and flops_per_second(causal=True) / 1e12,
+        "mfu": flops / peak_flops_per_second if flops and peak_flops_per_second else None,
+        "gemm_utilization": flops / gemm_flops_per_second if flops and gemm_flops_per_second else None,
         "bubble_fraction_measured": median(record.bubble.fraction for record in timed),
         "bubble_overhead_measured": median(record.bubble.overhead for record in timed),
         "peak_memory_bytes": max(memory, default=None),

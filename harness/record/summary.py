@@ -85,12 +85,14 @@ def bubble_lines(bubble: dict[str, Any] | None) -> list[str]:
 
 def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
     """The run's figures in sentences; what is not known is left out."""
+    model_flops = ""
+    if row["model_tflops_per_device"] is not None:
+        model_flops = f", {row['model_tflops_per_device']:.3g} model TFLOP/s per device"
     lines = [
         f"step        {row['step_seconds'] * 1e3:.1f} ms median"
         f" (p10 {row['step_seconds_p10'] * 1e3:.1f}, p90 {row['step_seconds_p90'] * 1e3:.1f})",
         f"throughput  {row['tokens_per_second']:,.0f} tokens/s, "
-        f"{row['tokens_per_second_per_device']:,.0f} per device, "
-        f"{row['model_tflops_per_device']:.3g} model TFLOP/s per device",
+        f"{row['tokens_per_second_per_device']:,.0f} per device{model_flops}",
         f"bubble      {row['bubble_fraction_measured']:.1%} of the pipeline's time measured, "
         f"{row['bubble_fraction_ideal']:.1%} ideal for 1F1B",
         f"memory      {row['peak_memory_bytes'] / 2**20:,.0f} MiB peak of the largest rank",

@@ -28,6 +28,7 @@ from harness.plan.hardware import peak_flops_per_second
 from harness.plan.memory import memory_beside_measured
 from harness.record.metrics import (
     StepRecord,
+    computes,
     flops_beside_peers,
     layout_columns,
     metrics_line,
@@ -292,7 +293,9 @@ def write_result(
         "stages": stages,
         "gemm_flops_per_second": gemm,
         "peak_flops_per_second": peak,
-        "flops_conventions": flops_beside_peers(config, row["tokens_per_second_per_device"], peak),
+        "flops_conventions": flops_beside_peers(config, row["tokens_per_second_per_device"], peak)
+        if computes(config)
+        else None,
         "memory": memory_beside_measured(config, training.blocks_per_stage, peak_bytes, machine.device_kind),
         "optimizer": type(training.engine.optimizer).__name__,
         **explained,
