@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -142,6 +142,29 @@ def test_each_failure_has_its_name_and_the_others_are_measured(tmp_path: Path) -
     assert float(table["7001"]["peak_memory_bytes"]) > 2 * float(table["1"]["peak_memory_bytes"])
     attempt = next(p for p in SweepDirectory(tmp_path, "chaos").points() if p.name == table["7002"]["point"])
     assert set((read_json(attempt.attempts()[0].status_file) or {})["ranks_stood"]) == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_two_sweeps_at_once_share_no_port(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    sweeps = []
+    for folder in folders:
+        folder.mkdir()
+        sweeps.append(start_sweep(folder, "train.seed=range(0,10)"))
+    ports: dict[str, str] = {}
+    while any(sweep.poll() is None for sweep in sweeps):
+        running: dict[str, str] = {}
+        for folder in folders:
+            for runner in marked(folder)["runner"]:
+                with suppress(psutil.Error, StopIteration):
+                    words = runner.cmdline()
+                    attempt = next(word for word in words if "attempt-" in word)
+                    running[attempt] = words[words.index("--master_port") + 1]
+        assert len(set(running.values())) == len(running), running
+        ports |= running
+        time.sleep(0.1)
+    assert [sweep.returncode for sweep in sweeps] == [0, 0]
+    assert len(ports) == 20
 
 
 def test_ports_are_shared_with_nobody() -> None:

@@ -115,6 +115,7 @@ def test_ctrl_c_ends_a_sweep_with_its_ranks(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells make background jobs ignore it
     )
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("long/points/*/attempt-1/metrics.jsonl")):

@@ -163,8 +163,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_span_files_round_trip(tmp_path: Path) -> None:
-    file = write(tmp_path / "rank00000.jsonl", '{"rank":0}\n' + "".join(span_lines(SPANS)))
-    assert read_spans(file) == ({"rank": 0}, SPANS)
+    memory = '{"memory":[[5,100],[7,200]]}\n'
+    file = write(tmp_path / "rank00000.jsonl", '{"rank":0}\n' + "".join(span_lines(SPANS)) + memory)
+    assert read_spans(file) == ({"rank": 0}, SPANS, [(5, 100), (7, 200)])
     assert file.read_text().splitlines()[1] == '[2,"forward",0,5,17]'
     assert SPANS[0].seconds == 12e-9
 
