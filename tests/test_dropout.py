@@ -164,7 +164,7 @@ def test_expected_loss_is_near_that_without() -> None:
         model, streams = tiny_model(dropout=rate), RandomStreams(seed=1)
         layers, loss = build(model, False, streams), PipelineLoss(model.vocab_size, SINGLE)
         found[rate] = []
-        for step in range(100):
+        for step in range(100 if rate else 1):
             streams.forward_pass = (step, 0)
             with torch.no_grad():
                 found[rate].append(float(loss(layers(tokens), (targets, 1 / (targets >= 0).sum()))))
