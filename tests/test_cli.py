@@ -117,14 +117,17 @@ def test_ctrl_c_ends_a_sweep_with_its_ranks(tmp_path: Path) -> None:
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells make background jobs ignore it
     )
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("long/points/*/attempt-1/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        assert sweep.poll() is None
-        time.sleep(0.1)
-    ranks = psutil.Process(sweep.pid).children(recursive=True)
-    sweep.send_signal(signal.SIGINT)
-    output, errors = sweep.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("long/points/*/attempt-1/metrics.jsonl")):
+            assert time.monotonic() < deadline
+            assert sweep.poll() is None
+            time.sleep(0.1)
+        ranks = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.send_signal(signal.SIGINT)
+        output, errors = sweep.communicate(timeout=60)
+    finally:
+        sweep.kill()  # its guard ends the ranks
     assert sweep.returncode == 1, output + errors
     assert "Traceback" not in errors
     assert "To resume, run it again: python" in output
