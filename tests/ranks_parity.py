@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 
+import psutil
 import torch
 from distributed import read_argument, write_answer
 from helpers import make_config
@@ -27,10 +28,13 @@ def main() -> None:
     torch.set_num_threads(1)
     initialize_distributed()
     rank = int(os.environ["RANK"])
-    answers = []
+    answers, num_threads = [], list[int]()
     for overrides in read_argument():
         comparisons = check_parity(make_config(*TINY, *overrides), rank)
         answers.append([{**asdict(c), "passed": c.passed} for c in comparisons])
+        num_threads.append(psutil.Process().num_threads())
+    # gloo keeps three threads for each group; engines that were not freed would add up to many hundreds.
+    assert num_threads[-1] - num_threads[0] < 150, num_threads
     if rank == 0:
         write_answer(answers)
     os._exit(0)

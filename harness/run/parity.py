@@ -269,9 +269,8 @@ def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
         changes = {"learning_rate_warmup_steps": 0, "learning_rate": 0.1 if "SGD" in label else 1e-3, **changes}
         variant = config.model_copy(update={"train": config.train.model_copy(update=changes)})
         results += _check_variant(label, variant, weights, steps, rank)
-        while (
-            gc.collect()
-        ):  # engines are full of cycles, and gloo's threads and connections end with the last reference
+        # Engines are full of cycles, and gloo's threads and connections end with the last reference.
+        while gc.collect():
             pass
         gc.freeze()  # what is left are modules, which DeepSpeed's own collections need not look through
     return results
