@@ -22,9 +22,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from harness.checkpoints import check_resume, find_checkpoint, fingerprint
 from harness.errors import ConfigError
 from harness.huggingface import resolve_model
-from harness.machine import Machine
+from harness.machine import ON_CPU, Machine, torch_cuda_version
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+SMALLEST_COMPUTE_CAPABILITY = {"fp16": 7.0, "bf16": 8.0}
+"""Of a GPU, by precision: what DeepSpeed asks for, and the first with matrix units for bf16 (Ampere)."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -538,6 +541,13 @@ def _check_training(config: RunConfig, machine: Machine) -> None:
         raise ConfigError(f"train.adam_betas={train.adam_betas} must be below 1; the usual values are [0.9, 0.95]")
     if machine.device_kind == "cpu" and train.precision == "fp16":
         raise ConfigError("train.precision=fp16 is not supported on CPU by DeepSpeed; use fp32 or bf16")
+    needed = SMALLEST_COMPUTE_CAPABILITY.get(train.precision, 0.0)
+    if machine.compute_capability is not None and machine.compute_capability < needed:
+        raise ConfigError(
+            f"train.precision={train.precision} needs a GPU of compute capability {needed} or above, but "
+            f"{machine.device_name} has {machine.compute_capability}; use fp32"
+            + (" or fp16" if machine.compute_capability >= SMALLEST_COMPUTE_CAPABILITY["fp16"] else "")
+        )
     if train.precision == "fp16" and config.parallel.zero_stage == 0:
         raise ConfigError(
             "train.precision=fp16 with parallel.zero_stage=0 trains wrongly in DeepSpeed, whose optimizer takes a "
@@ -560,6 +570,11 @@ def _check_devices(config: RunConfig, machine: Machine) -> None:
     if machine.device_kind == "cuda":
         if world_size > machine.num_devices:
             raise ConfigError(f"{layout}, but there are {machine.num_devices} GPUs; use a layout that fits them")
+        if torch_cuda_version() is None:
+            raise ConfigError(
+                f"this machine has {machine.num_devices} GPUs ({machine.device_name}), but the installed PyTorch is a "
+                f"build for CPU; run ./launchers/quickstart.sh here, which installs the one for GPUs, or {ON_CPU}"
+            )
         return
     limit = config.launch.max_ranks_per_core * machine.num_cores
     if world_size > limit:

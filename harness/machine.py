@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from harness.errors import ConfigError
+
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
+"""Has an entry for each GPU that the NVIDIA driver knows."""
+DEVICE_FOLDER = Path("/dev")
+NVIDIA_SMI_SECONDS = 120.0
+"""It takes half a minute where many GPUs wake up."""
+ON_CPU = "set DS_ACCELERATOR=cpu to run on the CPU"
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,10 @@ class Machine:
     """Host memory."""
     visible_devices: tuple[int, ...] = ()
     """GPU numbers to start ranks on."""
+    compute_capability: float | None = None
+    """Of the GPUs, the lowest; None where nvidia-smi doesn't tell."""
+    driver_version: str | None = None
+    """Of the NVIDIA driver."""
 
     def describe(self) -> dict[str, Any]:
         """For result files: the fields by name, and the host."""
@@ -60,18 +74,44 @@ def process_started(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def gpu_versions(machine: Machine) -> dict[str, str]:
+    """What lies between torch and the GPUs of a machine: CUDA, NCCL and the driver; nothing without GPUs."""
+    if machine.device_kind == "cpu":
+        return {}
+    nccl = [package.version for package in distributions() if package.name.startswith("nvidia-nccl-cu")]
+    found = {"cuda": torch_cuda_version(), "nccl": next(iter(nccl), None), "driver": machine.driver_version}
+    return {name: value or "unknown" for name, value in found.items()}
+
+
 @cache
 def detect_machine() -> Machine:
-    """The machine this process runs on."""
+    """The machine this process runs on.
+
+    Raises:
+        ConfigError: there are GPUs that can't be used as they are, and nobody asked for the CPU.
+    """
     gpus = _gpus()
+    known = [gpu.compute_capability for gpu in gpus if gpu.compute_capability is not None]
     return Machine(
         device_kind="cuda" if gpus else "cpu",
-        device_name=next(iter(gpus.values())) if gpus else _cpu_name(),
+        device_name=gpus[0].name if gpus else _cpu_name(),
         num_devices=len(gpus) or _num_cores(),
         num_cores=_num_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        visible_devices=tuple(gpus),
+        visible_devices=tuple(gpu.index for gpu in gpus),
+        compute_capability=min(known, default=None),
+        driver_version=gpus[0].driver_version if gpus else None,
     )
+
+
+def torch_cuda_version() -> str | None:
+    """CUDA that the installed torch was built for, such as 13.0, read without importing it; None: a build for CPU."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*=\s*['\"](.+?)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _num_cores() -> int:
@@ -84,26 +124,91 @@ def _num_cores() -> int:
         return cores
 
 
-def _gpus() -> dict[int, str]:
-    """Number -> name of the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or shutil.which("nvidia-smi") is None:
-        return {}
-    query = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = [[field.strip() for field in line.split(",", 2)] for line in answer.splitlines() if line.count(",") >= 2]
+@dataclass(frozen=True)
+class Gpu:
+    """What nvidia-smi tells of a GPU."""
+
+    index: int
+    uuid: str
+    name: str
+    driver_version: str | None = None
+    compute_capability: float | None = None
+
+
+def _gpus() -> list[Gpu]:
+    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; none where the user asked for the CPU.
+
+    Raises:
+        ConfigError: GPUs are here and can't be read, or none of those that CUDA_VISIBLE_DEVICES names.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return {int(index): name for index, _, name in rows}
-    gpus: dict[int, str] = {}
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or (visible is not None and visible.strip() in ("", "-1")):
+        return []
+    gpus = _read_gpus()
+    if visible is None or not gpus:
+        return gpus
+    chosen: list[Gpu] = []
     for device in map(str.strip, visible.split(",")):  # numbers or beginnings of UUIDs; CUDA stops at the first unknown
-        matches = [row for row in rows if device == row[0] or (device.startswith("GPU-") and row[1].startswith(device))]
+        if device.startswith("MIG-"):
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={visible} names a part of a GPU (MIG), on which deepspeed can't start ranks; "
+                f"name whole GPUs, or {ON_CPU}"
+            )
+        matches = [
+            gpu
+            for gpu in gpus
+            if device == str(gpu.index) or (device[:4] == "GPU-" and gpu.uuid[: len(device)] == device)
+        ]
         if not matches:
             break
-        gpus[int(matches[0][0])] = matches[0][2]
-    return gpus
+        chosen.append(matches[0])
+    if not chosen:
+        there = ", ".join(str(gpu.index) for gpu in gpus)
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={visible} names none of this machine's GPUs {there}; name one, or {ON_CPU}"
+        )
+    return chosen
+
+
+def _read_gpus() -> list[Gpu]:
+    """All NVIDIA GPUs of this machine.
+
+    Raises:
+        ConfigError: there are some, and nvidia-smi does not tell which.
+    """
+    problem = "nvidia-smi is not on the PATH"
+    if shutil.which("nvidia-smi") is not None:
+        for fields in ("index,uuid,name,driver_version,compute_cap", "index,uuid,name"):  # older ones know less
+            try:
+                answer = subprocess.run(
+                    ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+                    capture_output=True,
+                    text=True,
+                    timeout=NVIDIA_SMI_SECONDS,
+                )
+            except subprocess.TimeoutExpired:
+                problem = f"nvidia-smi did not answer within {NVIDIA_SMI_SECONDS:g} s"
+                break
+            except OSError as error:
+                problem = f"nvidia-smi can't be started ({error.strerror})"
+                break
+            if answer.returncode == 0:
+                return [_gpu(line, fields.count(",")) for line in answer.stdout.splitlines() if line.count(",") >= 2]
+            said = (answer.stdout + answer.stderr).strip().splitlines()
+            problem = f"nvidia-smi failed with {said[0] if said else f'exit status {answer.returncode}'!r}"
+    if any(DRIVER_FOLDER.glob("*")) or any(DEVICE_FOLDER.glob("nvidia[0-9]*")):
+        raise ConfigError(f"this machine has an NVIDIA GPU, but {problem}; mend that, or {ON_CPU}")
+    return []
+
+
+def _gpu(line: str, num_commas: int) -> Gpu:
+    """A line of nvidia-smi's answer; the name may hold commas where it comes last."""
+    index, uuid, name, *rest = (field.strip() for field in line.split(",", num_commas))
+    driver, capability = [*rest, None, None][:2]
+    try:
+        return Gpu(int(index), uuid, name, driver, float(capability) if capability is not None else None)
+    except ValueError:  # "[N/A]"
+        return Gpu(int(index), uuid, name, driver)
 
 
 def _cpu_name() -> str:

@@ -34,7 +34,7 @@ import yaml  # type: ignore[import-untyped]
 
 from harness.config import REPOSITORY, RunConfig
 from harness.errors import ConfigError
-from harness.machine import Machine, process_started
+from harness.machine import Machine, gpu_versions, process_started
 
 Status = Literal["pending", "running", "interrupted", "ok", "invalid", "oom", "timeout", "hang", "crashed"]
 
@@ -130,6 +130,7 @@ def environment(machine: Machine) -> dict[str, Any]:
             versions[name] = version(package)
         except PackageNotFoundError:
             versions[name] = "absent"
+    versions |= gpu_versions(machine)
     return {"versions": versions, "hardware": machine.describe(), "code": code_hash()}
 
 

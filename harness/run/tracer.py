@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.utils.checkpoint import checkpoint
 
 from harness.model import block, collectives
-from harness.timeline import NESTED_KINDS, Span
+from harness.timeline import COMPUTE_KINDS, NESTED_KINDS, Span
 
 KIND_OF_INSTRUCTION = {
     schedule.LoadMicroBatch: "load",
@@ -61,6 +61,9 @@ class Clock(Protocol):
     def nanoseconds(self, marks: list[Any]) -> list[int]:
         """Moments of the step's marks on the host's monotonic clock, once its work is done."""
 
+    def host_nanoseconds(self, mark: Any) -> int | None:
+        """When the host made a mark, which may be long before the device came to it; None: nothing lies between."""
+
 
 class HostClock:
     """The host's monotonic clock, which all processes of a machine share."""
@@ -74,6 +77,9 @@ class HostClock:
         """Marks are moments already."""
         return marks
 
+    def host_nanoseconds(self, mark: int) -> None:
+        """The host does the work itself."""
+
 
 class CudaClock:
     """CUDA events on the current stream, tied to the host's clock at the start of each step."""
@@ -82,18 +88,22 @@ class CudaClock:
         """Tie the device's clock to the host's."""
         torch.cuda.synchronize()
         self._base = self.mark()
-        self._base_ns = time.monotonic_ns()
 
-    def mark(self) -> torch.cuda.Event:
-        """Record an event."""
+    def mark(self) -> tuple[torch.cuda.Event, int]:
+        """Record an event, and when that was asked for."""
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
-        return event
+        return event, time.monotonic_ns()
 
-    def nanoseconds(self, marks: list[torch.cuda.Event]) -> list[int]:
+    def nanoseconds(self, marks: list[tuple[torch.cuda.Event, int]]) -> list[int]:
         """Wait for the device, then read the events."""
         torch.cuda.synchronize()
-        return [self._base_ns + round(self._base.elapsed_time(event) * 1e6) for event in marks]
+        base, base_ns = self._base  # an idle device comes to an event at once
+        return [base_ns + round(base.elapsed_time(event) * 1e6) for event, _ in marks]
+
+    def host_nanoseconds(self, mark: tuple[torch.cuda.Event, int]) -> int:
+        """When the event was recorded by the host."""
+        return mark[1]
 
 
 def build_clock(device_kind: str) -> Clock:
@@ -113,6 +123,9 @@ class Tracer:
         self._clock = clock
         self._notes: list[tuple[str, Any, Any]] = []
         """Kind, mark of the begin, mark of the end, in the order of ends."""
+        self._used_bytes: Callable[[], int] | None = None
+        self._memory: list[tuple[Any, int]] = []
+        """Mark of an instruction's end, bytes in use once it was launched."""
         self._seams: list[tuple[ModuleType, str, Any]] = []
         """Module, name in it, what the name stands for while a step is traced."""
         if nested:
@@ -136,7 +149,10 @@ class Tracer:
         def traced(*arguments: Any, **options: Any) -> Any:
             start = mark()
             result = execute(*arguments, **options)
-            note((kind, start, mark()))
+            end = mark()
+            note((kind, start, end))
+            if self._used_bytes is not None and kind not in NESTED_KINDS:
+                self._memory.append((end, self._used_bytes()))
             return result
 
         return traced
@@ -153,9 +169,15 @@ class Tracer:
         finally:  # it ends by an exception once everything needed is there
             self._notes.append(("recompute", start, self._clock.mark()))
 
-    def start_step(self) -> None:
-        """Forget the last step and take notes."""
+    def start_step(self, used_bytes: Callable[[], int] | None = None) -> None:
+        """Forget the last step and take notes.
+
+        Args:
+            used_bytes: memory in use, to be noted after each instruction.
+        """
         self._notes.clear()
+        self._memory.clear()
+        self._used_bytes = used_bytes
         self._originals = [getattr(module, name) for module, name, _ in self._seams]
         for module, name, traced in self._seams:
             setattr(module, name, traced)
@@ -182,25 +204,36 @@ class Tracer:
             inside.clear()
         return spans
 
+    def memory(self) -> list[tuple[int, int]]:
+        """After `spans`: the end of each instruction in nanoseconds, and the bytes in use once it was launched.
 
-@contextlib.contextmanager
-def memory_samples(engine: PipelineEngine, used_bytes: Callable[[], int]) -> Iterator[list[tuple[int, int]]]:
-    """Within this context, note the host's clock in nanoseconds and the bytes in use after each instruction."""
-    samples: list[tuple[int, int]] = []
-    instructions = engine._INSTRUCTION_MAP
+        A GPU's memory is taken when work is launched, in the order of its stream, so what is in use at the launch
+        belongs to the moment when the device gets there.
+        """
+        moments = self._clock.nanoseconds([mark for mark, _ in self._memory])
+        return [(moment, size) for moment, (_, size) in zip(moments, self._memory, strict=True)]
 
-    def sampled(execute: Callable[..., None]) -> Callable[..., None]:
-        def execute_and_look(*arguments: Any, **options: Any) -> None:
-            execute(*arguments, **options)
-            samples.append((time.monotonic_ns(), used_bytes()))
+    def launch_gap_seconds(self, spans: Sequence[Span]) -> float | None:
+        """After `spans`: at most so long a GPU waited in forward and backward for the host to launch its next kernel.
 
-        return execute_and_look
+        It can wait only as long as the host has not launched all of the instruction, so from the instruction's begin
+        on the device to its last launch by the host, if the device had not begun it later.
 
-    engine._INSTRUCTION_MAP = {instruction: sampled(execute) for instruction, execute in instructions.items()}
-    try:
-        yield samples
-    finally:
-        engine._INSTRUCTION_MAP = instructions
+        Args:
+            spans: what `spans` returned.
+
+        Returns:
+            None where the host does the work itself.
+        """
+        launched = [self._clock.host_nanoseconds(end) for kind, _, end in self._notes if kind not in NESTED_KINDS]
+        instructions = [span for span in spans if span.kind not in NESTED_KINDS]
+        gap_ns = 0
+        for span, launched_ns in zip(instructions, launched, strict=True):
+            if launched_ns is None:
+                return None
+            if span.kind in COMPUTE_KINDS:
+                gap_ns += max(0, min(launched_ns, span.end_ns) - span.start_ns)
+        return gap_ns / 1e9
 
 
 class _Distributed:

@@ -7,7 +7,6 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -45,7 +44,7 @@ from harness.run.evaluate import Evaluation
 from harness.run.gemm import gemm_flops_per_second
 from harness.run.heartbeat import attach_heartbeat
 from harness.run.span_writer import SpanWriter
-from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock, memory_samples
+from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
 from harness.timeline import STEP, Bubble, Span, StageActivity, activity, measured_bubble
 from harness.topology import Topology
 
@@ -98,13 +97,9 @@ def share_corpus(config: RunConfig, rank: int) -> Corpus:
 
 
 def set_up_device(config: RunConfig, machine: Machine) -> torch.device:
-    """Threads of the rank, and its device."""
+    """Threads of the rank, and the device that `initialize_distributed` gave it."""
     torch.set_num_threads(config.launch.threads_per_rank)
-    if machine.device_kind == "cpu":
-        return torch.device("cpu")
-    from deepspeed.accelerator import get_accelerator
-
-    return torch.device(get_accelerator().current_device_name())
+    return torch.device("cpu") if machine.device_kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
 
 class Loop:
@@ -142,18 +137,17 @@ class Loop:
         engine = self.training.engine
         learning_rate = engine.get_lr()[0]
         is_shown = step in self.config.tracking.trace_steps
-        with memory_samples(engine, self._used_bytes) if is_shown else nullcontext() as memory:
-            self.tracer.start_step()
-            start = time.monotonic_ns()
-            loss = float(engine.train_batch(data_iter=data))  # waits for the device
-            end = time.monotonic_ns()
+        self.tracer.start_step(self._used_bytes if is_shown else None)
+        start = time.monotonic_ns()
+        loss = float(engine.train_batch(data_iter=data))  # waits for the device
+        end = time.monotonic_ns()
         spans = self.tracer.spans(step)
         self._steps_done += 1
         is_kept = 0 < self._steps_done - self.config.train.warmup_steps <= self.config.tracking.span_steps
         if is_kept or is_shown:
             self._spans.write([*spans, Span(step, STEP, -1, start, end)])
-        if memory:
-            self._spans.write_memory(memory)
+        if is_shown:
+            self._spans.write_memory(self.tracer.memory())
         norm = self.training.global_gradient_norm()
         gathered = self._gather(end - start, activity(spans))
         eval_loss = self._evaluate(step)

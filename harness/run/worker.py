@@ -65,6 +65,12 @@ def initialize_distributed() -> None:
     kind = detect_machine().device_kind
     if kind == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        import torch
+
+        # The launcher shows every rank all GPUs, and DeepSpeed picks the rank's own as late as in its engine. NCCL
+        # takes tensors of that one only.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import deepspeed
 
     # DeepSpeed would compile its shared-memory collectives here, half a minute at the first start. They reduce
