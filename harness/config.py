@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from harness.checkpoints import check_resume, find_checkpoint, fingerprint
 from harness.errors import ConfigError
 from harness.huggingface import resolve_model
-from harness.machine import ON_CPU, Machine, torch_cuda_version
+from harness.machine import Machine
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -570,11 +570,6 @@ def _check_devices(config: RunConfig, machine: Machine) -> None:
     if machine.device_kind == "cuda":
         if world_size > machine.num_devices:
             raise ConfigError(f"{layout}, but there are {machine.num_devices} GPUs; use a layout that fits them")
-        if torch_cuda_version() is None:
-            raise ConfigError(
-                f"this machine has {machine.num_devices} GPUs ({machine.device_name}), but the installed PyTorch is a "
-                f"build for CPU; run ./launchers/quickstart.sh here, which installs the one for GPUs, or {ON_CPU}"
-            )
         return
     limit = config.launch.max_ranks_per_core * machine.num_cores
     if world_size > limit:

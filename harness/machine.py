@@ -91,6 +91,11 @@ def detect_machine() -> Machine:
         ConfigError: there are GPUs that can't be used as they are, and nobody asked for the CPU.
     """
     gpus = _gpus()
+    if gpus and torch_cuda_version() is None:
+        raise ConfigError(
+            f"this machine has GPUs ({gpus[0].name}), but the installed PyTorch is a build for CPU; run "
+            f"./launchers/quickstart.sh here, which installs the one for GPUs, or {ON_CPU}"
+        )
     known = [gpu.compute_capability for gpu in gpus if gpu.compute_capability is not None]
     return Machine(
         device_kind="cuda" if gpus else "cpu",
