@@ -4,4 +4,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/setup.sh
-exec .venv/bin/python launchers/sweep.py sweep=quickstart "$@"
+gpus=$(list_gpus | wc -l)
+if ((gpus == 0)); then
+  exec .venv/bin/python launchers/sweep.py sweep=quickstart "$@"
+fi
+while ((gpus & (gpus - 1))); do
+  gpus=$((gpus - 1)) # a power of two shares the batch evenly
+done
+points=()
+for tp in 1 2 4; do
+  for pp in 1 2 4; do
+    ((gpus % (tp * pp))) || points+=("'parallel.tp=$tp parallel.pp=$pp parallel.dp=$((gpus / tp / pp))'")
+  done
+done
+if nvidia-smi --query-gpu=compute_cap --format=csv,noheader | grep -qE '^[0-7]\.'; then
+  set -- train.precision=fp32 "$@" # GPUs before Ampere have no bf16
+fi
+exec .venv/bin/python launchers/sweep.py sweep=quickstart_gpu sweep.points="[$(IFS=,; echo "${points[*]}")]" "$@"

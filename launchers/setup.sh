@@ -12,24 +12,36 @@ find_python() {
   exit 2
 }
 
+# Numbers of this machine's GPUs, a line each; nothing where DS_ACCELERATOR=cpu leaves them alone.
+list_gpus() {
+  [[ "${DS_ACCELERATOR:-}" == cpu ]] || nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+$' || true
+}
+
 install_requirements() {
-  local stamp=.venv/requirements.installed
-  if cmp -s requirements.txt "$stamp"; then
+  local stamp=.venv/requirements.installed build=cpu python torch
+  if [[ -n "$(list_gpus)" ]]; then
+    build=cuda
+  fi
+  # A .venv made on a login node has the CPU build of PyTorch, which a GPU node can't use; the other way round is fine.
+  if grep -qsx "# for cuda" "$stamp"; then
+    build=cuda
+  fi
+  if [[ "$( (cat requirements.txt; echo "# for $build") | cksum)" == "$(cksum 2>/dev/null <"$stamp")" ]]; then
     return
   fi
-  local python
   python=$(find_python)
-  echo "Installing into .venv; this takes a few minutes once."
+  echo "Installing into .venv (PyTorch for $build); this takes a few minutes once."
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-  if ! command -v nvidia-smi >/dev/null; then
+  torch="$(grep '^torch==' requirements.txt)"
+  if [[ $build == cpu ]]; then
     # The CPU build of PyTorch, from the configured sources or PyTorch's own; the plain one brings gigabytes of CUDA.
-    local torch
-    torch="$(grep '^torch==' requirements.txt)+cpu"
-    .venv/bin/pip install --quiet "$torch" 2>/dev/null ||
-      .venv/bin/pip install --quiet "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
+    .venv/bin/pip install --quiet "$torch+cpu" 2>/dev/null ||
+      .venv/bin/pip install --quiet "$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+  elif [[ "$(.venv/bin/pip show torch 2>/dev/null)" == *+cpu* ]]; then
+    .venv/bin/pip uninstall --quiet --yes torch # which satisfies the requirement, and would stay
   fi
   .venv/bin/pip install --quiet --requirement requirements.txt
-  cp requirements.txt "$stamp"
+  (cat requirements.txt; echo "# for $build") >"$stamp"
 }
 
 install_requirements
