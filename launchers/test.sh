@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Linters and tests: those of a few minutes, or with --all the long matrices and chaos too.
-# Further arguments go to pytest, for instance: ./launchers/test.sh -k partition
+# Further arguments go to pytest, for instance: ./launchers/test.sh -k partition, or on a GPU: ./launchers/test.sh -m gpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-marks="not slow"
+marks="not slow and not gpu"
 if [[ "${1:-}" == "--all" ]]; then
-  marks=""
+  marks="not gpu"
   shift
 fi
 source launchers/setup.sh

@@ -19,12 +19,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(world_size: int, module: str, argument: Any, tmp_path: Path, timeout: float = 600) -> Any:
+def standin_environment(num_gpus: int) -> dict[str, str]:
+    """Variables with which every Python finds as many GPUs that are none: `cuda_standin`."""
+    folder = REPOSITORY / "tests" / "cuda_standin"
+    return {
+        "STANDIN_GPUS": str(num_gpus),
+        "DS_ACCELERATOR": "cuda",
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(map(str, [folder, REPOSITORY, REPOSITORY / "tests"])),
+    }
+
+
+def run_ranks(
+    world_size: int,
+    module: str,
+    argument: Any,
+    tmp_path: Path,
+    timeout: float = 600,
+    variables: dict[str, str] | None = None,
+) -> Any:
     """Run `python -m MODULE` as `world_size` ranks and return what rank 0 wrote.
 
     The module finds its argument and the place of its answer with `read_argument` and `write_answer`.
+
+    Args:
+        variables: of the ranks' environment, over those that every rank has.
     """
-    ranks = start_ranks(world_size, module, argument, tmp_path)
+    ranks = start_ranks(world_size, module, argument, tmp_path, variables)
     try:
         for process in ranks:
             process.wait(timeout)
@@ -36,7 +57,9 @@ def run_ranks(world_size: int, module: str, argument: Any, tmp_path: Path, timeo
     return json.loads((tmp_path / "answer.json").read_text())
 
 
-def start_ranks(world_size: int, module: str, argument: Any, tmp_path: Path) -> list[subprocess.Popen[bytes]]:
+def start_ranks(
+    world_size: int, module: str, argument: Any, tmp_path: Path, variables: dict[str, str] | None = None
+) -> list[subprocess.Popen[bytes]]:
     """Start the processes of `run_ranks`."""
     (tmp_path / "argument.json").write_text(json.dumps(argument))
     port = free_port()
@@ -52,6 +75,7 @@ def start_ranks(world_size: int, module: str, argument: Any, tmp_path: Path) -> 
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
+            **(variables or {}),
         }
         log = (tmp_path / f"rank{rank}.log").open("w")
         command = [sys.executable, "-m", module, str(tmp_path)]
