@@ -19,12 +19,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def standin_environment(num_gpus: int) -> dict[str, str]:
-    """Variables with which every Python finds as many GPUs that are none: `cuda_standin`."""
+def standin_environment(num_gpus: int, cache: Path) -> dict[str, str]:
+    """Variables with which every Python finds as many GPUs that are none: `cuda_standin`.
+
+    Args:
+        cache: an empty one, as what was measured once is not measured again.
+    """
     folder = REPOSITORY / "tests" / "cuda_standin"
     return {
         "STANDIN_GPUS": str(num_gpus),
         "DS_ACCELERATOR": "cuda",
+        "XDG_CACHE_HOME": str(cache),
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(map(str, [folder, REPOSITORY, REPOSITORY / "tests"])),
     }

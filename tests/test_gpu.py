@@ -27,13 +27,14 @@ BENCH = ["comm_bench.min_bytes=1024", "comm_bench.max_bytes=65536", "comm_bench.
 
 TASKS: dict[int, list[tuple[str, list[str]]]] = {
     2: [
+        # Before any engine, which would set the device.
+        ("comm_bench", [*SMALL, *BENCH, *BF16, "parallel.tp=2"]),
         ("train", [*SMALL, *BF16, "parallel.tp=2"]),
         ("train", [*SMALL, *FP16, "parallel.pp=2"]),
         ("train", [*SMALL, *FP16, "parallel.dp=2", "train.checkpoint_interval=2", "model.dropout=0.1"]),
         ("train", [*SMALL, "parallel.tp=2", "parallel.sequence_parallel=true", "train.activation_checkpointing=full"]),
         ("verify", [*SMALL, *FP16, "parallel.tp=2"]),
         ("verify", [*SMALL, *BF16, "parallel.pp=2"]),
-        ("comm_bench", [*SMALL, *BENCH, *BF16, "parallel.tp=2"]),
         ("comm_bench", [*SMALL, *BENCH, *FP16, "parallel.pp=2"]),
     ],
     4: [
@@ -48,15 +49,15 @@ TASKS: dict[int, list[tuple[str, list[str]]]] = {
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tasks_run_on_their_own_devices(world_size: int, tmp_path: Path) -> None:
     tasks = TASKS[world_size]
-    answer = run_ranks(world_size, "ranks_gpu", tasks, tmp_path, variables=standin_environment(world_size))
+    answer = run_ranks(
+        world_size, "ranks_gpu", tasks, tmp_path, variables=standin_environment(world_size, tmp_path / "cache")
+    )
     for rank, device in enumerate(answer["devices"]):
         assert device["current"] == rank
         assert {call[1] for call in device["calls"]} == {rank}, "another device than its own was set or waited for"
         assert [index for index, peak in enumerate(device["peak"]) if peak] == [rank]
     for (task, overrides), result in zip(tasks, answer["results"], strict=True):
         check_result(task, overrides, result)
-    trace = json.loads((tmp_path / "attempt-1" / "spans" / "rank00000.jsonl").read_text().splitlines()[0])
-    assert trace["rank"] == 0
 
 
 def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> Non
 
 def start(launcher: str, *arguments: str, num_gpus: int, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "launchers" / launcher), *arguments]
-    environment = os.environ | standin_environment(num_gpus)
+    environment = os.environ | standin_environment(num_gpus, cwd / "cache")
     del environment["DS_ACCELERATOR"]  # found by nvidia-smi
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -99,7 +100,7 @@ def test_the_users_own_deepspeed_runs_on_gpus(tmp_path: Path) -> None:
     arguments = [*SMALL, *BF16, "parallel.pp=2", f"results_dir={tmp_path}", "tracking.wandb.mode=disabled"]
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29641"]
     command += [REPOSITORY / "launchers" / "train.py", *arguments]
-    environment = os.environ | standin_environment(2)
+    environment = os.environ | standin_environment(2, tmp_path / "cache")
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     result = next(tmp_path.glob("runs/points/*/attempt-1/result.json"), None)
     assert result is not None, done.stdout[-5000:] + done.stderr[-5000:]
