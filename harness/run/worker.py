@@ -71,8 +71,7 @@ def initialize_distributed() -> None:
         # The launcher shows every rank all GPUs, and DeepSpeed picks the rank's own as late as in its engine. NCCL
         # takes tensors of that one only.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):  # which operations it can't build
-        import deepspeed
+    import deepspeed
 
     # DeepSpeed would compile its shared-memory collectives here, half a minute at the first start. They reduce
     # over all ranks whatever group is named, so nothing in the harness calls them.
