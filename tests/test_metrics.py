@@ -47,6 +47,7 @@ def test_layout_columns() -> None:
         "zero_stage": 0, "activation_checkpointing": "none", "bubble_fraction_ideal": 1 / 5,
         "bubble_overhead_ideal": 1 / 4, "model": "gpt2_tiny", "num_parameters": 3487232,
         "partition": "uniform", "threads_per_rank": 1, "sequence_parallel": False, "dropout": 0.0,
+        "checkpoint_interval": 0,
     }  # fmt: skip
     assert set(columns) <= set(COLUMNS)
 

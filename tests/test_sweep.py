@@ -169,6 +169,26 @@ def test_what_is_measured_is_reused_and_what_failed_runs_again_where_asked(
     assert [row["status"] for row in rows(tmp_path).values()] == ["ok", "ok"]
 
 
+def test_asking_for_checkpoints_runs_a_point_that_has_none(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks.parity["tp1_pp1_dp1_mbs1"] = {"parity": "pass", "parity_max_error": 0.0, "comparisons": []}
+    measure(tmp_path, [""])
+    for asked, found in [
+        ("train.checkpoint_interval=5", "1 to run, 0 reused"),
+        ("train.checkpoint_interval=5 train.keep_checkpoints=4", "1 to run, 0 reused"),
+        ("train.checkpoint_interval=5", "0 to run, 1 reused"),
+        ("train.keep_checkpoints=4", "0 to run, 1 reused"),  # of none
+    ]:
+        capsys.readouterr()
+        measure(tmp_path, [asked], "sweep.verify=true")
+        assert f"1 points: {found}" in capsys.readouterr().out, asked
+    assert len(list(tmp_path.glob("grid/parity/*"))) == 1  # they compute the same
+    with (tmp_path / "grid" / "results.csv").open() as file:
+        assert sorted(row["checkpoint_interval"] for row in csv.DictReader(file)) == ["0", "5", "5"]
+    assert "steps per checkpoint" in (tmp_path / "grid" / "results.md").read_text()
+
+
 def test_a_stale_measurement_is_kept_and_made_again(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

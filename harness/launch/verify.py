@@ -69,7 +69,8 @@ def verify_layouts(
 def _layout_key(config: RunConfig) -> str:
     """Names the computation of a layout's twin: what only says how long, on what or from where it trains, left out."""
     twin = twin_of(config)
-    alike = {"seed": 0, "steps": 1, "warmup_steps": 0, "eval_interval": 0, "eval_samples": 1, "resume": None}
+    alike = {"seed": 0, "steps": 1, "warmup_steps": 0, "eval_interval": 0, "eval_samples": 1, "resume": None,
+             "checkpoint_interval": 0}  # fmt: skip
     return identity(twin.model_copy(update={"train": twin.train.model_copy(update=alike)}), "no data")
 
 

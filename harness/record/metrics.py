@@ -29,7 +29,8 @@ COLUMNS = tuple(
     bubble_overhead_measured peak_memory_bytes first_loss last_loss oversubscribed wandb_run_id command
     attempt stale model num_parameters partition threads_per_rank model_tflops_per_device_causal
     eval_loss eval_perplexity repeats drift warmup_steps_detected parity
-    parity_max_error sequence_parallel dropout bubble_fraction_simulated""".split()
+    parity_max_error sequence_parallel dropout bubble_fraction_simulated
+    checkpoint_interval""".split()
 )
 """Columns of results.csv: people script against their names and order, so new ones go to the end."""
 
@@ -111,6 +112,7 @@ def layout_columns(config: RunConfig) -> dict[str, Any]:
         "threads_per_rank": config.launch.threads_per_rank,
         "sequence_parallel": parallel.sequence_parallel,
         "dropout": config.model.dropout,
+        "checkpoint_interval": train.checkpoint_interval,
     }
 
 

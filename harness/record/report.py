@@ -36,6 +36,7 @@ VARYING = {
     "zero_stage": ("ZeRO", "stage"),
     "activation_checkpointing": ("check-", "pointing"),
     "threads_per_rank": ("threads", "/rank"),
+    "checkpoint_interval": ("steps per", "checkpoint"),
 }
 
 
