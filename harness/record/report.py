@@ -50,7 +50,7 @@ def collect(sweep: SweepDirectory) -> list[Row]:
 def is_ranked(row: Row) -> bool:
     """Whether a row's times compare with those of others."""
     sound = row["status"] == "ok" and row["parity"] != "fail"
-    return sound and not row["oversubscribed"] and bool(row["step_seconds"])
+    return sound and not row["oversubscribed"] and not row["stale"] and bool(row["step_seconds"])
 
 
 def ranking_column(rows: Iterable[Row]) -> str:
@@ -60,10 +60,10 @@ def ranking_column(rows: Iterable[Row]) -> str:
 
 
 def rank(rows: Iterable[Row]) -> list[Row]:
-    """Rows in order, each with its `rank`: measured ones, oversubscribed ones, the others.
+    """Rows in order, each with its `rank`: those that compare, other measured ones, the rest.
 
-    Rows whose p10-p90 ranges overlap with one above of the same rank share it: "1", "1=", "3". Oversubscribed
-    rows and those without a measurement have rank "".
+    Rows whose p10-p90 ranges overlap with one above of the same rank share it: "1", "1=", "3". Rows that don't
+    compare (`is_ranked`) and those without a measurement have rank "".
     """
     rows = [{**row, "rank": ""} for row in rows]
     by = ranking_column(rows)
@@ -80,7 +80,9 @@ def rank(rows: Iterable[Row]) -> list[Row]:
             number = entry["rank"]
     measured = [row for row in rows if row["status"] == "ok" and not is_ranked(row)]
     failed = [row for row in rows if row["status"] != "ok"]
-    measured.sort(key=lambda row: (row["parity"] == "fail", -(row["tokens_per_second"] or 0), row["point"]))
+    measured.sort(
+        key=lambda row: (row["parity"] == "fail", bool(row["stale"]), -(row["tokens_per_second"] or 0), row["point"])
+    )
     failed.sort(key=lambda row: (row["status"], row["point"]))
     return ranked + measured + failed
 
@@ -203,7 +205,9 @@ def legend(rows: Sequence[Row]) -> list[str]:
     if drifting := sum(abs(row["drift"] or 0) >= LARGE_DRIFT for row in measured):
         sentences.append(f"Step times of {drifting} of {len(measured)} points drifted (results.csv: drift).")
     if any(row["stale"] for row in measured):
-        sentences.append("* is stale: measured with other versions, hardware or code than asked for last.")
+        sentences.append(
+            "* is stale and has no rank: measured with other versions, hardware or code than asked for last."
+        )
     if measured:
         sentences.append("Bubble: idle share of the pipeline; ideal (p-1)/(m+p-1), p stages, m micro-batches.")
     return sentences
