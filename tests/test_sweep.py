@@ -74,7 +74,7 @@ class Ranks:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.fails: dict[str, Outcome] = {}
-        self.parity: dict[str, dict[str, object]] = {}
+        self.parity: dict[str, dict[str, object] | Outcome] = {}
 
     def run_attempt(
         self,
@@ -90,7 +90,10 @@ class Ranks:
         attempt.log_file.touch()
         outcome = self.fails.get(config.slug, Outcome("ok"))
         if task == "verify":
-            write_json(attempt.result_file, self.parity[config.slug])
+            found = self.parity[config.slug]
+            outcome = found if isinstance(found, Outcome) else Outcome("ok")
+            if outcome.status == "ok":
+                write_json(attempt.result_file, found)
         elif outcome.status == "ok":
             records = step_records([0.1] * 4)
             row = summarize(config, records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=machine)
@@ -327,7 +330,9 @@ def test_a_layout_that_fails_its_parity_check_has_no_rank(
     ranks.parity = {"tp1_pp1_dp1_mbs1": good, "tp2_pp1_dp1_mbs1": bad}
     points = ["", "parallel.tp=2", "train.seed=2 train.steps=30", "parallel.tp=2 train.seed=2"]
     for _ in range(2):
-        measure(tmp_path, points, "sweep.verify=true")
+        measured = measure(tmp_path, points, "sweep.verify=true")
+    assert [point.status for point in measured] == ["ok", "unverified"] * 2
+    assert [point.tokens_per_second > 0 for point in measured] == [True, False] * 2
     assert len(ranks.started) == 2 + 4  # checked once, before the first point
     assert all("attempt-1" in started for started in ranks.started)
     assert len(list(tmp_path.glob("grid/parity/*/attempt-1/result.json"))) == 2
@@ -339,6 +344,30 @@ def test_a_layout_that_fails_its_parity_check_has_no_rank(
     assert table["tp2_pp1_dp1_mbs1"]["reason"] == reason
     assert list(table)[-1] == "tp2_pp1_dp1_mbs1"
     assert f"tp2 pp1 dp1 mbs1 has no rank: {reason}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "ended", [Outcome("crashed", "rank 1: ValueError: broken"), Outcome("timeout", "no result after 5 s")]
+)
+def test_a_parity_check_that_does_not_finish_leaves_its_layout_without_a_rank(
+    tmp_path: Path, ranks: Ranks, ended: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"parity": "pass", "parity_max_error": 1e-6, "comparisons": [comparison(1e-6, True)]}
+    ranks.parity = {"tp1_pp1_dp1_mbs1": good, "tp2_pp1_dp1_mbs1": ended}
+    points = ["", "parallel.tp=2"]
+    measured = measure(tmp_path, points, "sweep.verify=true")
+    assert [point.status for point in measured] == ["ok", "unverified"]
+    unknown = rows(tmp_path)["tp2_pp1_dp1_mbs1"]
+    reason = f"the parity check did not finish: {ended.reason}"
+    assert (unknown["status"], unknown["parity"], unknown["reason"]) == ("ok", "unknown", reason)
+    assert (unknown["parity_max_error"], list(rows(tmp_path))[-1]) == ("", "tp2_pp1_dp1_mbs1")
+    assert f"tp2 pp1 dp1 mbs1 has no rank: {reason}." in " ".join(capsys.readouterr().out.split())
+    measure(tmp_path, points, "sweep.repeats=2")  # nobody asks for the check: its verdict stays
+    assert rows(tmp_path)["tp2_pp1_dp1_mbs1"]["parity"] == "unknown"
+    ranks.parity["tp2_pp1_dp1_mbs1"] = good
+    again = measure(tmp_path, points, "sweep.repeats=2", "sweep.verify=true")
+    assert [point.status for point in again] == ["ok", "ok"]
+    assert (rows(tmp_path)["tp2_pp1_dp1_mbs1"]["parity"], rows(tmp_path)["tp2_pp1_dp1_mbs1"]["reason"]) == ("pass", "")
 
 
 def test_points_at_once_share_no_core() -> None:

@@ -89,9 +89,10 @@ def _checked(point: Point, run: Run, machine: Machine, now: Mapping[str, Any]) -
 
 
 def _verdict(result: Mapping[str, Any] | None, failure: str) -> dict[str, Any]:
-    """Columns of a point from its parity check; unknown where the check itself failed."""
+    """Columns of a point from its parity check; `unknown` where the check itself failed."""
     if result is None:
-        return {"parity": None, "parity_max_error": None, "reason": f"the parity check did not finish: {failure}"}
+        unfinished = f"the parity check did not finish: {failure}"
+        return {"parity": "unknown", "parity_max_error": None, "reason": unfinished}
     wrong = [found for found in result["comparisons"] if not found["passed"]]
     worst = max(wrong, key=lambda found: found["error"] / found["tolerance"], default=None)
     reason = worst and (

@@ -230,10 +230,15 @@ def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> dict[st
             columns |= _before_the_end(attempt, config, machine)
     parity = read_json(attempt.parity_file) or {}
     columns |= {key: parity.get(key) for key in ("parity", "parity_max_error")}
-    if parity.get("parity") == "fail":
+    if not is_sound(columns):
         columns["reason"] = columns["reason"] or parity.get("reason")
     measured = result.get("row")
     return columns | {key: measured[key] for key in columns if isinstance(measured, dict) and key in measured}
+
+
+def is_sound(columns: Mapping[str, Any]) -> bool:
+    """Whether nothing speaks against the layout of a row: it passed its parity check, or none was asked for."""
+    return columns["parity"] in (None, "pass")
 
 
 def _before_the_end(attempt: Attempt, config: RunConfig, machine: Machine | None) -> dict[str, Any]:
@@ -293,6 +298,8 @@ def point_row(point: Point, reference: Mapping[str, Any] | None = None) -> dict[
     if columns["status"] != "ok" or len(repeats) < 2:
         return columns
     rows = [row(repeat, reference) for repeat in repeats]
+    if checked := [row for row in rows if row["parity"]]:  # repeats are one layout: the last verdict is that of all
+        columns |= {key: checked[-1][key] for key in ("parity", "parity_max_error", "reason")}
     columns |= {key: _middle(key, [row[key] for row in rows], columns[key]) for key in COLUMNS if key != "attempt"}
     if seconds := [value for repeat in repeats for value in timed_step_seconds(repeat)]:
         columns["step_seconds_p10"], columns["step_seconds_p90"] = map(float, numpy.percentile(seconds, [10, 90]))

@@ -49,7 +49,7 @@ def collect(sweep: SweepDirectory) -> list[Row]:
 
 def is_ranked(row: Row) -> bool:
     """Whether a row's times compare with those of others."""
-    sound = row["status"] == "ok" and row["parity"] != "fail"
+    sound = row["status"] == "ok" and metrics.is_sound(row)
     return sound and not row["oversubscribed"] and not row["stale"] and bool(row["step_seconds"])
 
 
@@ -81,7 +81,7 @@ def rank(rows: Iterable[Row]) -> list[Row]:
     measured = [row for row in rows if row["status"] == "ok" and not is_ranked(row)]
     failed = [row for row in rows if row["status"] != "ok"]
     measured.sort(
-        key=lambda row: (row["parity"] == "fail", bool(row["stale"]), -(row["tokens_per_second"] or 0), row["point"])
+        key=lambda row: (not metrics.is_sound(row), bool(row["stale"]), -(row["tokens_per_second"] or 0), row["point"])
     )
     failed.sort(key=lambda row: (row["status"], row["point"]))
     return ranked + measured + failed
@@ -195,7 +195,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
         sentences.append(f"Ranked by {by} {where}, from the median step after warm-up.")
     if any(row["rank"].endswith("=") for row in ranked):
         sentences.append("= is a tie: the p10-p90 range of step times overlaps with one above of the same rank.")
-    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if row["parity"] == "fail"]
+    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if not metrics.is_sound(row)]
     if any(row["oversubscribed"] for row in measured):
         sentences.append(
             "- has no rank: more ranks x threads than cores, so its times compare with nothing but themselves."
