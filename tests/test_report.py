@@ -98,6 +98,14 @@ class TestRank:
     def test_nothing(self) -> None:
         assert rank([]) == []
 
+    def test_legend_tells_of_points_that_ran_at_once(self) -> None:
+        alone, beside = make_row(1.0, 0.9, 1.1, slots=1), make_row(1.05, 1.0, 1.1, slots=2, point="q")
+        told = "Points that ran at once (results.csv: slots) shared memory bandwidth and disturbed each other; "
+        assert ranks(alone, beside) == [("p", "1"), ("q", "1=")]
+        assert any(sentence.startswith(told) for sentence in legend(rank([alone, beside])))
+        assert not any(sentence.startswith(told) for sentence in legend(rank([alone])))
+        assert "at once" in markdown(SweepDirectory("nowhere", "none"), rank([alone, beside]))
+
     def test_legend_tells_of_repeats_and_drift(self) -> None:
         told = legend(rank([make_row(1.0, repeats=3, drift=0.05), make_row(2.0, repeats=3, drift=0.01)]))
         assert any("Measured several times" in sentence for sentence in told)

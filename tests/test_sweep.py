@@ -7,8 +7,9 @@ import os
 import shlex
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from helpers import MACHINE, make_config, step_records
@@ -20,7 +21,7 @@ from harness.launch.compose import Composer
 from harness.launch.process import Outcome
 from harness.launch.slots import Slots
 from harness.launch.sweep import Measured, expand, run_batch
-from harness.machine import Machine
+from harness.machine import Machine, detect_machine
 from harness.record.metrics import summarize
 from harness.record.store import Attempt, SweepDirectory, environment, write_json
 
@@ -411,6 +412,18 @@ def test_points_run_side_by_side(tmp_path: Path, ranks: Ranks, monkeypatch: pyte
     points = [f"train.seed={seed}" for seed in range(4)]
     measured = measure(tmp_path, points, "launch.slots=2")
     assert [point.status for point in measured] == ["ok"] * 4
+    with (tmp_path / "grid" / "results.csv").open() as file:
+        assert [row["slots"] for row in csv.DictReader(file)] == ["2"] * 4
+    assert "shared memory bandwidth" in (tmp_path / "grid" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_share_is_the_machine_but_for_what_it_may_use(kind: Literal["cpu", "cuda"]) -> None:
+    machine = replace(detect_machine(), device_kind=kind, visible_devices=(0, 1, 2))
+    share = Slots(machine, 2).take(make_config("launch.slots=2", "launch.threads_per_rank=1"))
+    assert share is not None
+    assert len(share.visible_devices) == 1
+    assert replace(share, visible_devices=machine.visible_devices) == machine
 
 
 def test_a_thousand_points_are_checked_in_seconds() -> None:

@@ -30,7 +30,7 @@ COLUMNS = tuple(
     attempt stale model num_parameters partition threads_per_rank model_tflops_per_device_causal
     eval_loss eval_perplexity repeats drift warmup_steps_detected parity
     parity_max_error sequence_parallel dropout bubble_fraction_simulated
-    checkpoint_interval""".split()
+    checkpoint_interval slots""".split()
 )
 """Columns of results.csv: people script against their names and order, so new ones go to the end."""
 
@@ -113,6 +113,7 @@ def layout_columns(config: RunConfig) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel,
         "dropout": config.model.dropout,
         "checkpoint_interval": train.checkpoint_interval,
+        "slots": config.launch.slots,
     }
 
 
@@ -303,7 +304,7 @@ def point_row(point: Point, reference: Mapping[str, Any] | None = None) -> dict[
     columns |= {key: _middle(key, [row[key] for row in rows], columns[key]) for key in COLUMNS if key != "attempt"}
     if seconds := [value for repeat in repeats for value in timed_step_seconds(repeat)]:
         columns["step_seconds_p10"], columns["step_seconds_p90"] = map(float, numpy.percentile(seconds, [10, 90]))
-    return columns | {"repeats": len(repeats)}
+    return columns | {"repeats": len(repeats), "slots": max(row["slots"] or 1 for row in rows)}
 
 
 def _middle(key: str, values: Sequence[Any], shown: Any) -> Any:
@@ -341,7 +342,7 @@ def _columns_asked_for(raw: Mapping[str, Any]) -> dict[str, Any]:
         ("parallel", str, "schedule partition"),
         ("train", int, "micro_batch_size global_batch_size sequence_length"),
         ("train", str, "precision activation_checkpointing"),
-        ("launch", int, "threads_per_rank"),
+        ("launch", int, "threads_per_rank slots"),
     ):
         values = raw.get(section)
         for key in keys.split():

@@ -37,6 +37,7 @@ VARYING = {
     "activation_checkpointing": ("check-", "pointing"),
     "threads_per_rank": ("threads", "/rank"),
     "checkpoint_interval": ("steps per", "checkpoint"),
+    "slots": ("points", "at once"),
 }
 
 
@@ -202,6 +203,11 @@ def legend(rows: Sequence[Row]) -> list[str]:
         )
     if any((row["repeats"] or 0) > 1 for row in measured):
         sentences.append("Measured several times (results.csv: repeats): medians of the runs, p10-p90 over all steps.")
+    if any((row["slots"] or 1) > 1 for row in measured):
+        sentences.append(
+            "Points that ran at once (results.csv: slots) shared memory bandwidth and disturbed each other; "
+            "launch.slots=1 measures each alone."
+        )
     if drifting := sum(abs(row["drift"] or 0) >= LARGE_DRIFT for row in measured):
         sentences.append(f"Step times of {drifting} of {len(measured)} points drifted (results.csv: drift).")
     if any(row["stale"] for row in measured):
