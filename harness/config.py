@@ -183,7 +183,7 @@ class Cluster(Section):
 
     name: str
     device_name: str | None
-    """Part of the name the device reports; null: what this machine has."""
+    """Part of the name the device reports; null: what this machine has. MFU uses peak_flops where it fits."""
     num_nodes: PositiveInt
     devices_per_node: PositiveInt | None
     """null: what this machine has."""
@@ -307,12 +307,16 @@ class RunConfig(Section):
 
 
 def identity(config: RunConfig, data_fingerprint: str) -> str:
-    """Eight hex digits that name what is computed, wherever and by whomever it is started.
+    """Eight hex digits that name what is computed and left behind, wherever and by whomever it is started.
+
+    A run that writes checkpoints is another point than one that writes none: it leaves what the other lacks, and
+    writing disturbs its steps.
 
     Args:
         data_fingerprint: hash of the tokens, so that a moved file stays the same data.
     """
-    train = config.train.model_dump(exclude={"checkpoint_interval", "keep_checkpoints"})
+    without_checkpoints = {"checkpoint_interval", "keep_checkpoints"} if config.train.checkpoint_interval == 0 else None
+    train = config.train.model_dump(exclude=without_checkpoints)
     if config.train.resume is not None:  # a moved checkpoint stays the same, too
         train["resume"] = fingerprint(config.train.resume)
     content = {

@@ -154,6 +154,26 @@ def test_a_mistake_is_a_sentence_and_exit_2(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
+@pytest.mark.parametrize(("parity", "status"), [("pass", 0), ("fail", 1), (None, 1)])
+def test_a_sweep_whose_layouts_are_not_sound_says_so(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: str | None, status: int
+) -> None:
+    run = process.run_attempt
+
+    def check_or_run(attempt: Attempt, *arguments: object, task: str = "train", **options: object) -> Outcome:
+        if task == "verify" and parity is None:
+            attempt.write_status("crashed", "rank 0: ValueError: broken")
+            return Outcome("crashed", "rank 0: ValueError: broken")
+        outcome = run(attempt, *arguments, **options)  # type: ignore[arg-type]
+        if task == "verify":
+            wrong = {"kind": "loss", "worst": "", "error": 1.0, "tolerance": 1e-5, "passed": parity == "pass"}
+            write_json(attempt.result_file, {"parity": parity, "parity_max_error": 1.0, "comparisons": [wrong]})
+        return outcome
+
+    monkeypatch.setattr(process, "run_attempt", check_or_run)
+    assert start("sweep", ["sweep.verify=true", "results_dir=res", "tracking.wandb.mode=disabled"]) == status
+
+
 @pytest.mark.parametrize("name", ["2024", "a.b-c_d", "0x10", "1_000", "true1"])
 def test_unusual_names_are_folders(start: Start, tmp_path: Path, name: str) -> None:
     assert start("sweep", [f"sweep.name={name}", "results_dir=res", "tracking.wandb.mode=disabled"]) == 0

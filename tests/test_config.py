@@ -269,6 +269,21 @@ def test_identity_ignores_where_and_by_whom(overrides: str) -> None:
     assert identity(configure(overrides), "data") == identity(configure(), "data")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "digits"),
+    [("", "07df4ed0"), ("parallel.tp=2", "e6ab54c8"), ("train.keep_checkpoints=5", "07df4ed0"),
+     ("model=llama_tiny parallel.pp=2", "2c91bce6")],
+)  # fmt: skip
+def test_identity_of_points_without_checkpoints_is_what_it_always_was(overrides: str, digits: str) -> None:
+    assert identity(configure(overrides), "data") == digits
+
+
+def test_identity_tells_checkpoints_apart() -> None:
+    asked = ["", "train.checkpoint_interval=5", "train.checkpoint_interval=1"]
+    asked.append("train.checkpoint_interval=5 train.keep_checkpoints=9")
+    assert len({identity(configure(overrides), "data") for overrides in asked}) == len(asked)
+
+
 def test_identity_follows_the_data() -> None:
     assert identity(configure(), "data") != identity(configure(), "other data")
 

@@ -47,6 +47,7 @@ def test_layout_columns() -> None:
         "zero_stage": 0, "activation_checkpointing": "none", "bubble_fraction_ideal": 1 / 5,
         "bubble_overhead_ideal": 1 / 4, "model": "gpt2_tiny", "num_parameters": 3487232,
         "partition": "uniform", "threads_per_rank": 1, "sequence_parallel": False, "dropout": 0.0,
+        "checkpoint_interval": 0, "slots": 1,
     }  # fmt: skip
     assert set(columns) <= set(COLUMNS)
 
@@ -201,6 +202,13 @@ class TestRepeats:
         assert found["step_seconds_p90"] == pytest.approx(0.62)
         assert found["tokens_per_second"] == pytest.approx(8 * 128 / 0.3)
         assert (found["tp"], found["peak_memory_bytes"]) == (1, 5 * 2**20)
+
+    def test_one_that_ran_beside_others_marks_them_all(self, tmp_path: Path) -> None:
+        for slots in (1, 2, 1):
+            attempt = record_attempt(
+                SweepDirectory(tmp_path, "grid"), f"launch.slots={slots}", "launch.threads_per_rank=1"
+            )
+        assert (point_row(attempt.point) or {})["slots"] == 2
 
     def test_rates_follow_from_the_step(self, tmp_path: Path) -> None:
         for seconds in self.STEPS[:2]:

@@ -78,6 +78,15 @@ class TestRank:
         rows = [make_row(point="bad", reason="boom"), fast, make_row(1.0, point="good")]
         assert ranks(*rows) == [("good", "1"), ("over", ""), ("bad", "")]
 
+    def test_a_stale_row_is_shown_but_neither_ranked_nor_recommended(self) -> None:
+        stale = make_row(0.1, 0.1, 9.0, point="stale", stale=True, command="old", world_size=4)
+        rows = [stale, make_row(1.0, point="now", command="new"), make_row(0.9, point="over", oversubscribed=True)]
+        assert ranks(*rows) == [("now", "1"), ("over", ""), ("stale", "")]
+        text = terminal(rank(rows))
+        assert text.endswith("Rank 1, tp1 pp2 dp1, is run again by\nnew\n")
+        assert "-*" in text
+        assert "Ranked by tokens_per_second among 2-rank layouts" in text  # one size among those that compare
+
     def test_result_without_times_is_not_ranked(self) -> None:
         assert ranks(make_row(status="ok", point="odd"), make_row(1.0)) == [("p", "1"), ("odd", "")]
 
@@ -88,6 +97,14 @@ class TestRank:
 
     def test_nothing(self) -> None:
         assert rank([]) == []
+
+    def test_legend_tells_of_points_that_ran_at_once(self) -> None:
+        alone, beside = make_row(1.0, 0.9, 1.1, slots=1), make_row(1.05, 1.0, 1.1, slots=2, point="q")
+        told = "Points that ran at once (results.csv: slots) shared memory bandwidth and disturbed each other; "
+        assert ranks(alone, beside) == [("p", "1"), ("q", "1=")]
+        assert any(sentence.startswith(told) for sentence in legend(rank([alone, beside])))
+        assert not any(sentence.startswith(told) for sentence in legend(rank([alone])))
+        assert "at once" in markdown(SweepDirectory("nowhere", "none"), rank([alone, beside]))
 
     def test_legend_tells_of_repeats_and_drift(self) -> None:
         told = legend(rank([make_row(1.0, repeats=3, drift=0.05), make_row(2.0, repeats=3, drift=0.01)]))
@@ -169,8 +186,11 @@ class TestFiles:
         sweep.prepare({"environment": environment(MACHINE) | {"code": "another"}})
         rows = report.write_report(sweep)
         assert [row["stale"] for row in rows] == [True, True, None, True]
-        assert any("stale" in sentence for sentence in legend(rows))
-        assert "| 1\\* |" in markdown(sweep, rows)
+        assert any(sentence.startswith("* is stale and has no rank: ") for sentence in legend(rows))
+        text = markdown(sweep, rows)
+        assert "| -\\* |" in text
+        assert "Run rank 1 again" not in text
+        assert "run again" not in terminal(rows)
 
     def test_markdown(self, sweep: SweepDirectory) -> None:
         text = markdown(sweep, report.write_report(sweep))

@@ -7,8 +7,9 @@ import os
 import shlex
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from helpers import MACHINE, make_config, step_records
@@ -20,7 +21,7 @@ from harness.launch.compose import Composer
 from harness.launch.process import Outcome
 from harness.launch.slots import Slots
 from harness.launch.sweep import Measured, expand, run_batch
-from harness.machine import Machine
+from harness.machine import Machine, detect_machine
 from harness.record.metrics import summarize
 from harness.record.store import Attempt, SweepDirectory, environment, write_json
 
@@ -74,7 +75,7 @@ class Ranks:
     def __init__(self) -> None:
         self.started: list[str] = []
         self.fails: dict[str, Outcome] = {}
-        self.parity: dict[str, dict[str, object]] = {}
+        self.parity: dict[str, dict[str, object] | Outcome] = {}
 
     def run_attempt(
         self,
@@ -90,7 +91,10 @@ class Ranks:
         attempt.log_file.touch()
         outcome = self.fails.get(config.slug, Outcome("ok"))
         if task == "verify":
-            write_json(attempt.result_file, self.parity[config.slug])
+            found = self.parity[config.slug]
+            outcome = found if isinstance(found, Outcome) else Outcome("ok")
+            if outcome.status == "ok":
+                write_json(attempt.result_file, found)
         elif outcome.status == "ok":
             records = step_records([0.1] * 4)
             row = summarize(config, records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=machine)
@@ -167,6 +171,26 @@ def test_what_is_measured_is_reused_and_what_failed_runs_again_where_asked(
     assert "reused" in capsys.readouterr().out
     assert len(list(tmp_path.glob("grid/points/tp2*/attempt-1/status.json"))) == 1
     assert [row["status"] for row in rows(tmp_path).values()] == ["ok", "ok"]
+
+
+def test_asking_for_checkpoints_runs_a_point_that_has_none(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks.parity["tp1_pp1_dp1_mbs1"] = {"parity": "pass", "parity_max_error": 0.0, "comparisons": []}
+    measure(tmp_path, [""])
+    for asked, found in [
+        ("train.checkpoint_interval=5", "1 to run, 0 reused"),
+        ("train.checkpoint_interval=5 train.keep_checkpoints=4", "1 to run, 0 reused"),
+        ("train.checkpoint_interval=5", "0 to run, 1 reused"),
+        ("train.keep_checkpoints=4", "0 to run, 1 reused"),  # of none
+    ]:
+        capsys.readouterr()
+        measure(tmp_path, [asked], "sweep.verify=true")
+        assert f"1 points: {found}" in capsys.readouterr().out, asked
+    assert len(list(tmp_path.glob("grid/parity/*"))) == 1  # they compute the same
+    with (tmp_path / "grid" / "results.csv").open() as file:
+        assert sorted(row["checkpoint_interval"] for row in csv.DictReader(file)) == ["0", "5", "5"]
+    assert "steps per checkpoint" in (tmp_path / "grid" / "results.md").read_text()
 
 
 def test_a_stale_measurement_is_kept_and_made_again(
@@ -307,7 +331,9 @@ def test_a_layout_that_fails_its_parity_check_has_no_rank(
     ranks.parity = {"tp1_pp1_dp1_mbs1": good, "tp2_pp1_dp1_mbs1": bad}
     points = ["", "parallel.tp=2", "train.seed=2 train.steps=30", "parallel.tp=2 train.seed=2"]
     for _ in range(2):
-        measure(tmp_path, points, "sweep.verify=true")
+        measured = measure(tmp_path, points, "sweep.verify=true")
+    assert [point.status for point in measured] == ["ok", "unverified"] * 2
+    assert [point.tokens_per_second > 0 for point in measured] == [True, False] * 2
     assert len(ranks.started) == 2 + 4  # checked once, before the first point
     assert all("attempt-1" in started for started in ranks.started)
     assert len(list(tmp_path.glob("grid/parity/*/attempt-1/result.json"))) == 2
@@ -319,6 +345,30 @@ def test_a_layout_that_fails_its_parity_check_has_no_rank(
     assert table["tp2_pp1_dp1_mbs1"]["reason"] == reason
     assert list(table)[-1] == "tp2_pp1_dp1_mbs1"
     assert f"tp2 pp1 dp1 mbs1 has no rank: {reason}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "ended", [Outcome("crashed", "rank 1: ValueError: broken"), Outcome("timeout", "no result after 5 s")]
+)
+def test_a_parity_check_that_does_not_finish_leaves_its_layout_without_a_rank(
+    tmp_path: Path, ranks: Ranks, ended: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"parity": "pass", "parity_max_error": 1e-6, "comparisons": [comparison(1e-6, True)]}
+    ranks.parity = {"tp1_pp1_dp1_mbs1": good, "tp2_pp1_dp1_mbs1": ended}
+    points = ["", "parallel.tp=2"]
+    measured = measure(tmp_path, points, "sweep.verify=true")
+    assert [point.status for point in measured] == ["ok", "unverified"]
+    unknown = rows(tmp_path)["tp2_pp1_dp1_mbs1"]
+    reason = f"the parity check did not finish: {ended.reason}"
+    assert (unknown["status"], unknown["parity"], unknown["reason"]) == ("ok", "unknown", reason)
+    assert (unknown["parity_max_error"], list(rows(tmp_path))[-1]) == ("", "tp2_pp1_dp1_mbs1")
+    assert f"tp2 pp1 dp1 mbs1 has no rank: {reason}." in " ".join(capsys.readouterr().out.split())
+    measure(tmp_path, points, "sweep.repeats=2")  # nobody asks for the check: its verdict stays
+    assert rows(tmp_path)["tp2_pp1_dp1_mbs1"]["parity"] == "unknown"
+    ranks.parity["tp2_pp1_dp1_mbs1"] = good
+    again = measure(tmp_path, points, "sweep.repeats=2", "sweep.verify=true")
+    assert [point.status for point in again] == ["ok", "ok"]
+    assert (rows(tmp_path)["tp2_pp1_dp1_mbs1"]["parity"], rows(tmp_path)["tp2_pp1_dp1_mbs1"]["reason"]) == ("pass", "")
 
 
 def test_points_at_once_share_no_core() -> None:
@@ -362,6 +412,18 @@ def test_points_run_side_by_side(tmp_path: Path, ranks: Ranks, monkeypatch: pyte
     points = [f"train.seed={seed}" for seed in range(4)]
     measured = measure(tmp_path, points, "launch.slots=2")
     assert [point.status for point in measured] == ["ok"] * 4
+    with (tmp_path / "grid" / "results.csv").open() as file:
+        assert [row["slots"] for row in csv.DictReader(file)] == ["2"] * 4
+    assert "shared memory bandwidth" in (tmp_path / "grid" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_share_is_the_machine_but_for_what_it_may_use(kind: Literal["cpu", "cuda"]) -> None:
+    machine = replace(detect_machine(), device_kind=kind, visible_devices=(0, 1, 2))
+    share = Slots(machine, 2).take(make_config("launch.slots=2", "launch.threads_per_rank=1"))
+    assert share is not None
+    assert len(share.visible_devices) == 1
+    assert replace(share, visible_devices=machine.visible_devices) == machine
 
 
 def test_a_thousand_points_are_checked_in_seconds() -> None:

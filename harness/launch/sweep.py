@@ -37,7 +37,7 @@ from harness.launch.slots import Slots
 from harness.launch.train import data_identity, new_attempt, own_overrides, run_and_mirror
 from harness.launch.verify import verify_layouts
 from harness.machine import Machine, detect_machine
-from harness.record.metrics import point_row
+from harness.record.metrics import is_sound, point_row
 from harness.record.report import print_report, write_report
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
 from harness.record.tracking import finish_mirrors, start_mirrors
@@ -174,8 +174,9 @@ class Measured:
 
     overrides: tuple[str, ...]
     status: str
+    """That of its runs, or `unverified`: measured, but without a passed parity check."""
     tokens_per_second: float = 0.0
-    """0 where nothing was measured: what a sweeper that searches is to maximize."""
+    """0 where nothing counts: what a sweeper that searches is to maximize."""
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,8 @@ def _measured(candidate: Candidate, runs: Sequence[Run]) -> Measured:
     statuses = [run.attempt.status()["status"] for run in runs]
     row = point_row(runs[0].attempt.point) or {}
     status = next((status for status in statuses if status != "ok"), "ok")
+    if status == "ok" and row and not is_sound(row):
+        return Measured(candidate.overrides, "unverified")
     return Measured(candidate.overrides, status, float(row.get("tokens_per_second") or 0.0))
 
 

@@ -69,7 +69,8 @@ def verify_layouts(
 def _layout_key(config: RunConfig) -> str:
     """Names the computation of a layout's twin: what only says how long, on what or from where it trains, left out."""
     twin = twin_of(config)
-    alike = {"seed": 0, "steps": 1, "warmup_steps": 0, "eval_interval": 0, "eval_samples": 1, "resume": None}
+    alike = {"seed": 0, "steps": 1, "warmup_steps": 0, "eval_interval": 0, "eval_samples": 1, "resume": None,
+             "checkpoint_interval": 0}  # fmt: skip
     return identity(twin.model_copy(update={"train": twin.train.model_copy(update=alike)}), "no data")
 
 
@@ -88,9 +89,10 @@ def _checked(point: Point, run: Run, machine: Machine, now: Mapping[str, Any]) -
 
 
 def _verdict(result: Mapping[str, Any] | None, failure: str) -> dict[str, Any]:
-    """Columns of a point from its parity check; unknown where the check itself failed."""
+    """Columns of a point from its parity check; `unknown` where the check itself failed."""
     if result is None:
-        return {"parity": None, "parity_max_error": None, "reason": f"the parity check did not finish: {failure}"}
+        unfinished = f"the parity check did not finish: {failure}"
+        return {"parity": "unknown", "parity_max_error": None, "reason": unfinished}
     wrong = [found for found in result["comparisons"] if not found["passed"]]
     worst = max(wrong, key=lambda found: found["error"] / found["tolerance"], default=None)
     reason = worst and (

@@ -29,7 +29,8 @@ COLUMNS = tuple(
     bubble_overhead_measured peak_memory_bytes first_loss last_loss oversubscribed wandb_run_id command
     attempt stale model num_parameters partition threads_per_rank model_tflops_per_device_causal
     eval_loss eval_perplexity repeats drift warmup_steps_detected parity
-    parity_max_error sequence_parallel dropout bubble_fraction_simulated""".split()
+    parity_max_error sequence_parallel dropout bubble_fraction_simulated
+    checkpoint_interval slots""".split()
 )
 """Columns of results.csv: people script against their names and order, so new ones go to the end."""
 
@@ -111,6 +112,8 @@ def layout_columns(config: RunConfig) -> dict[str, Any]:
         "threads_per_rank": config.launch.threads_per_rank,
         "sequence_parallel": parallel.sequence_parallel,
         "dropout": config.model.dropout,
+        "checkpoint_interval": train.checkpoint_interval,
+        "slots": config.launch.slots,
     }
 
 
@@ -228,10 +231,15 @@ def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> dict[st
             columns |= _before_the_end(attempt, config, machine)
     parity = read_json(attempt.parity_file) or {}
     columns |= {key: parity.get(key) for key in ("parity", "parity_max_error")}
-    if parity.get("parity") == "fail":
+    if not is_sound(columns):
         columns["reason"] = columns["reason"] or parity.get("reason")
     measured = result.get("row")
     return columns | {key: measured[key] for key in columns if isinstance(measured, dict) and key in measured}
+
+
+def is_sound(columns: Mapping[str, Any]) -> bool:
+    """Whether nothing speaks against the layout of a row: it passed its parity check, or none was asked for."""
+    return columns["parity"] in (None, "pass")
 
 
 def _before_the_end(attempt: Attempt, config: RunConfig, machine: Machine | None) -> dict[str, Any]:
@@ -291,10 +299,12 @@ def point_row(point: Point, reference: Mapping[str, Any] | None = None) -> dict[
     if columns["status"] != "ok" or len(repeats) < 2:
         return columns
     rows = [row(repeat, reference) for repeat in repeats]
+    if checked := [row for row in rows if row["parity"]]:  # repeats are one layout: the last verdict is that of all
+        columns |= {key: checked[-1][key] for key in ("parity", "parity_max_error", "reason")}
     columns |= {key: _middle(key, [row[key] for row in rows], columns[key]) for key in COLUMNS if key != "attempt"}
     if seconds := [value for repeat in repeats for value in timed_step_seconds(repeat)]:
         columns["step_seconds_p10"], columns["step_seconds_p90"] = map(float, numpy.percentile(seconds, [10, 90]))
-    return columns | {"repeats": len(repeats)}
+    return columns | {"repeats": len(repeats), "slots": max(row["slots"] or 1 for row in rows)}
 
 
 def _middle(key: str, values: Sequence[Any], shown: Any) -> Any:
@@ -332,7 +342,7 @@ def _columns_asked_for(raw: Mapping[str, Any]) -> dict[str, Any]:
         ("parallel", str, "schedule partition"),
         ("train", int, "micro_batch_size global_batch_size sequence_length"),
         ("train", str, "precision activation_checkpointing"),
-        ("launch", int, "threads_per_rank"),
+        ("launch", int, "threads_per_rank slots"),
     ):
         values = raw.get(section)
         for key in keys.split():

@@ -36,6 +36,8 @@ VARYING = {
     "zero_stage": ("ZeRO", "stage"),
     "activation_checkpointing": ("check-", "pointing"),
     "threads_per_rank": ("threads", "/rank"),
+    "checkpoint_interval": ("steps per", "checkpoint"),
+    "slots": ("points", "at once"),
 }
 
 
@@ -48,8 +50,8 @@ def collect(sweep: SweepDirectory) -> list[Row]:
 
 def is_ranked(row: Row) -> bool:
     """Whether a row's times compare with those of others."""
-    sound = row["status"] == "ok" and row["parity"] != "fail"
-    return sound and not row["oversubscribed"] and bool(row["step_seconds"])
+    sound = row["status"] == "ok" and metrics.is_sound(row)
+    return sound and not row["oversubscribed"] and not row["stale"] and bool(row["step_seconds"])
 
 
 def ranking_column(rows: Iterable[Row]) -> str:
@@ -59,10 +61,10 @@ def ranking_column(rows: Iterable[Row]) -> str:
 
 
 def rank(rows: Iterable[Row]) -> list[Row]:
-    """Rows in order, each with its `rank`: measured ones, oversubscribed ones, the others.
+    """Rows in order, each with its `rank`: those that compare, other measured ones, the rest.
 
-    Rows whose p10-p90 ranges overlap with one above of the same rank share it: "1", "1=", "3". Oversubscribed
-    rows and those without a measurement have rank "".
+    Rows whose p10-p90 ranges overlap with one above of the same rank share it: "1", "1=", "3". Rows that don't
+    compare (`is_ranked`) and those without a measurement have rank "".
     """
     rows = [{**row, "rank": ""} for row in rows]
     by = ranking_column(rows)
@@ -79,7 +81,9 @@ def rank(rows: Iterable[Row]) -> list[Row]:
             number = entry["rank"]
     measured = [row for row in rows if row["status"] == "ok" and not is_ranked(row)]
     failed = [row for row in rows if row["status"] != "ok"]
-    measured.sort(key=lambda row: (row["parity"] == "fail", -(row["tokens_per_second"] or 0), row["point"]))
+    measured.sort(
+        key=lambda row: (not metrics.is_sound(row), bool(row["stale"]), -(row["tokens_per_second"] or 0), row["point"])
+    )
     failed.sort(key=lambda row: (row["status"], row["point"]))
     return ranked + measured + failed
 
@@ -192,17 +196,24 @@ def legend(rows: Sequence[Row]) -> list[str]:
         sentences.append(f"Ranked by {by} {where}, from the median step after warm-up.")
     if any(row["rank"].endswith("=") for row in ranked):
         sentences.append("= is a tie: the p10-p90 range of step times overlaps with one above of the same rank.")
-    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if row["parity"] == "fail"]
+    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if not metrics.is_sound(row)]
     if any(row["oversubscribed"] for row in measured):
         sentences.append(
             "- has no rank: more ranks x threads than cores, so its times compare with nothing but themselves."
         )
     if any((row["repeats"] or 0) > 1 for row in measured):
         sentences.append("Measured several times (results.csv: repeats): medians of the runs, p10-p90 over all steps.")
+    if any((row["slots"] or 1) > 1 for row in measured):
+        sentences.append(
+            "Points that ran at once (results.csv: slots) shared memory bandwidth and disturbed each other; "
+            "launch.slots=1 measures each alone."
+        )
     if drifting := sum(abs(row["drift"] or 0) >= LARGE_DRIFT for row in measured):
         sentences.append(f"Step times of {drifting} of {len(measured)} points drifted (results.csv: drift).")
     if any(row["stale"] for row in measured):
-        sentences.append("* is stale: measured with other versions, hardware or code than asked for last.")
+        sentences.append(
+            "* is stale and has no rank: measured with other versions, hardware or code than asked for last."
+        )
     if measured:
         sentences.append("Bubble: idle share of the pipeline; ideal (p-1)/(m+p-1), p stages, m micro-batches.")
     return sentences
