@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from distributed import run_ranks
 from helpers import MACHINE, make_config, record_attempt, step_records
 
 from harness.machine import Machine
@@ -96,6 +97,15 @@ def test_summary_by_hand() -> None:
     })  # fmt: skip
     assert set(summary) <= set(COLUMNS)
     json.dumps(summary)  # plain numbers
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank_and_as_much_memory_as_its_largest(tmp_path: Path) -> None:
+    overrides = ["parallel.dp=2", "train.steps=4", "train.sequence_length=16", "data.kind=synthetic"]
+    argument = {"runs": [["run", overrides]], "slow_seconds": 0.5, "large_bytes": 2**30}
+    (lines,) = run_ranks(2, "ranks_train", argument, tmp_path)
+    assert len(lines) == 4
+    assert min(line["perf/step_seconds"] for line in lines) >= 0.5
+    assert min(line["memory/peak_bytes"] for line in lines) >= 2**30
 
 
 def test_conventions_of_peers_are_rates_too() -> None:
