@@ -77,6 +77,12 @@ def fp16_rows() -> list[Row]:
     return [(layout, overrides_of(layout, [common, change], 1)) for layout, change in changes.items()]
 
 
+def emulated_rows() -> list[Row]:
+    """Blocks that wait have a parameter of their own."""
+    waits = ["model=emulated", "model.forward_seconds=0", "model.backward_seconds=0"]
+    return [((1, 2, 1), overrides_of((1, 2, 1), [waits], 1))]
+
+
 def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_batch_size: int) -> list[str]:
     tp, pp, dp = layout
     return [

@@ -137,9 +137,8 @@ def random_weights(model: Model, seed: int) -> Tensors:
     return weights
 
 
-def decays(name: str) -> bool:
-    """Whether AdamW's weight decay applies to a parameter: to matrices, embeddings among them, and nothing else."""
-    return name.endswith(".weight") and "norm" not in name
+DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
+"""How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
 
 
 class Reference:
@@ -166,8 +165,8 @@ class Reference:
         if train.optimizer == "sgd":
             return torch.optim.SGD(named.values())
         groups = [
-            {"params": [p for name, p in named.items() if decays(name)], "weight_decay": train.weight_decay},
-            {"params": [p for name, p in named.items() if not decays(name)], "weight_decay": 0.0},
+            {"params": [p for n, p in named.items() if n.endswith(DECAYING)], "weight_decay": train.weight_decay},
+            {"params": [p for n, p in named.items() if not n.endswith(DECAYING)], "weight_decay": 0.0},
         ]
         first, second = train.adam_betas
         return torch.optim.AdamW(groups, betas=(first, second), eps=train.adam_epsilon, foreach=False)
