@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,9 @@ from torch import Tensor
 import harness.model.layers as layers
 import harness.model.weights as weights
 import harness.run.build as build
+import harness.run.optimizer as optimizer_module
 import harness.run.parity as parity
+from harness.config import Train
 from harness.run.worker import initialize_distributed
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -146,6 +148,33 @@ def labels_of_the_micro_batch_before(patch: pytest.MonkeyPatch) -> None:
             before = labels
 
     patch.setattr(parity, "micro_batches", shifted)
+
+
+@defect
+def norms_and_biases_decay(patch: pytest.MonkeyPatch) -> None:
+    def decay_all(train: Train, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = optimizer_module.build_optimizer(train, parameters)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = train.weight_decay if train.optimizer == "adamw" else 0.0
+        return optimizer
+
+    patch.setattr(build, "build_optimizer", decay_all)
+
+
+@defect
+def learning_rate_a_step_late(patch: pytest.MonkeyPatch) -> None:
+    right = optimizer_module.learning_rate_factor
+    patch.setattr(optimizer_module, "learning_rate_factor", lambda train, step: right(train, max(0, step - 1)))
+
+
+@defect
+def betas_swapped(patch: pytest.MonkeyPatch) -> None:
+    def swapped(train: Train, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return optimizer_module.build_optimizer(
+            train.model_copy(update={"adam_betas": train.adam_betas[::-1]}), parameters
+        )
+
+    patch.setattr(build, "build_optimizer", swapped)
 
 
 def main() -> None:

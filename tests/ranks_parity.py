@@ -7,9 +7,11 @@ from dataclasses import asdict
 
 import psutil
 import torch
+from deepspeed.accelerator import get_accelerator
 from distributed import read_argument, write_answer
-from helpers import make_config
+from helpers import MACHINE, make_config
 
+from harness.machine import Machine
 from harness.run.parity import check_parity
 from harness.run.worker import initialize_distributed
 
@@ -23,6 +25,16 @@ TINY = (
     "train.sequence_length=12",
 )
 
+GPUS = Machine("cuda", "test GPU", num_devices=8, num_cores=8, memory_bytes=8 * 2**30)
+
+
+def machine_for(overrides: list[str]) -> Machine:
+    """fp16 is refused on CPU, by DeepSpeed and so by the harness, though torch computes it there as well."""
+    if "train.precision=fp16" not in overrides:
+        return MACHINE
+    get_accelerator().is_fp16_supported = lambda: True
+    return GPUS
+
 
 def main() -> None:
     torch.set_num_threads(1)
@@ -30,7 +42,8 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     answers, num_threads = [], list[int]()
     for overrides in read_argument():
-        comparisons = check_parity(make_config(*TINY, *overrides), rank)
+        config = make_config(*TINY, *overrides, machine=machine_for(overrides))
+        comparisons = check_parity(config, rank)
         answers.append([{**asdict(c), "passed": c.passed} for c in comparisons])
         num_threads.append(psutil.Process().num_threads())
     # gloo keeps three threads for each group; engines that were not freed would add up to many hundreds.

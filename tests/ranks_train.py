@@ -1,7 +1,8 @@
 """Rank program: `runs`, trainings one after the other in one process group; answers with their lines of metrics.jsonl.
 
 `copies` load a checkpoint and write it again. With `hang_at_step` the last rank stops for good in the middle of
-writing the checkpoint of that step.
+writing the checkpoint of that step. With `slow_seconds` its steps end so much later, outside of all collectives, and
+with `large_bytes` it holds so much more memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from distributed import read_argument, write_answer
 from helpers import make_config
 
@@ -27,8 +29,12 @@ def main() -> None:
     argument = read_argument()
     initialize_distributed()
     rank = int(os.environ["RANK"])
-    if (step := argument.get("hang_at_step")) and rank == int(os.environ["WORLD_SIZE"]) - 1:
+    is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
+    if (step := argument.get("hang_at_step")) and is_last:
         hang_in_checkpoint(step)
+    if (seconds := argument.get("slow_seconds")) and is_last:
+        end_steps_late(seconds)
+    hoard = b"x" * argument.get("large_bytes", 0) if is_last else b""
     curves = []
     for folder, overrides in argument["runs"]:
         attempt = Attempt(Path(sys.argv[1]) / folder)
@@ -42,7 +48,19 @@ def main() -> None:
         save_checkpoint(Path(sys.argv[1]) / folder / "checkpoints", training, config, step, None)
     if rank == 0:
         write_answer(curves)
+    del hoard
     os._exit(0)
+
+
+def end_steps_late(seconds: float) -> None:
+    train_batch = PipelineEngine.train_batch
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        loss = train_batch(*arguments, **named)
+        time.sleep(seconds)
+        return loss
+
+    PipelineEngine.train_batch = slow
 
 
 def hang_in_checkpoint(at_step: int) -> None:

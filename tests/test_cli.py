@@ -31,9 +31,11 @@ def run(tmp_path: Path) -> Run:
     """Run a launcher in an empty folder, with a file called `taken` in it."""
     (tmp_path / "taken").touch()
 
-    def start(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def start(launcher: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(LAUNCHERS / launcher), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | environment
+        )
 
     return start
 
@@ -50,6 +52,7 @@ def run(tmp_path: Path) -> Run:
         ("train.py", "train.global_batch_size=4096 parallel.dp=4096", "needs 4096 ranks"),
         ("train.py", "--cfg job model=nope", "model=nope is not available; choose one of"),
         ("train.py", "--nope", "unrecognized arguments"),
+        ("verify.py", "parallel.tp=3", "can't be split over parallel.tp=3; use tp 1, 2, 4 or 8"),
         ("sweep.py", "parallel.tp=1,2 train.stepz=3", "did you mean train.steps?"),
         ("sweep.py", "train.stepz=1,2", "did you mean train.steps?"),
         ("sweep.py", "parallel.tp=3,6 parallel.pp=1,2", "can't be split over parallel.tp=6"),
@@ -106,6 +109,54 @@ def test_a_sweep_runs_reports_and_is_reused(run: Run, tmp_path: Path) -> None:
     assert again.returncode == 0
     assert "2 points: 0 to run, 1 reused, 1 can't run" in again.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["res", "taken"]
+
+
+VERIFY = "parallel.tp=2 model=llama_tiny train.activation_checkpointing=full results_dir=res".split()
+COMPARED = {
+    "AdamW": ["loss", "gradient", "gradient norm", *(f"{state} after 2 steps" for state in ("update", "exp_avg"))],
+    "SGD": ["loss", "gradient", "gradient norm", "update after 3 steps"],
+    "SGD, clipped": ["loss", "gradient", "gradient norm", "update after 3 steps"],
+}
+
+
+def test_verify_says_what_it_compared(run: Run, tmp_path: Path) -> None:
+    done = run("verify.py", *VERIFY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parity: pass" in done.stdout
+    assert "FAIL" not in done.stdout
+    for label, kinds in COMPARED.items():
+        assert all(f" {label}: {kind} " in done.stdout for kind in kinds), done.stdout
+    assert "model.num_hidden_layers 4 -> 2" in done.stdout
+    (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("res/verify/points/*/attempt-1/result.json"))
+    assert (result["parity"], len(result["comparisons"])) == ("pass", 14)
+    assert 0 < result["parity_max_error"] <= 1e-5
+
+
+NO_REDUCTION = """
+import importlib.abc, os, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "harness.run.build":
+            sys.meta_path.remove(self)
+            import harness.model.layers
+            harness.model.layers.copy_to_tensor_parallel = lambda tensor, group: tensor
+
+if "RANK" in os.environ:
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_verify_names_a_mismatch_and_exits_1(run: Run, tmp_path: Path) -> None:
+    """Without Megatron's f, gradients are not summed over tensor-parallel ranks; the loss is right."""
+    (tmp_path / "sitecustomize.py").write_text(NO_REDUCTION)
+    done = run("verify.py", *VERIFY, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert "parity: fail" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert any("AdamW: gradient " in line and "FAIL" in line for line in lines), done.stdout
+    assert any("AdamW: loss" in line and "ok" in line for line in lines), done.stdout
 
 
 def test_ctrl_c_ends_a_sweep_with_its_ranks(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ EXPECTED = {
     "clipping_by_one_stage": (PP2, "SGD, clipped: update after 3 steps"),
     "step_taken_twice": (PP2, "SGD: update after 3 steps"),
     "labels_of_the_micro_batch_before": (PP2, "AdamW: loss"),
+    "norms_and_biases_decay": (PP2, "AdamW: update after 2 steps"),
+    "learning_rate_a_step_late": (PP2, "AdamW: update after 2 steps"),
+    "betas_swapped": (PP2, "AdamW: exp_avg after 2 steps"),
 }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from distributed import run_ranks
 from helpers import MACHINE, make_config, record_attempt, step_records
 
 from harness.machine import Machine
+from harness.plan.hardware import peak_flops_per_second
 from harness.record.metrics import (
     COLUMNS,
     flops_beside_peers,
@@ -21,6 +24,7 @@ from harness.record.metrics import (
     summarize,
 )
 from harness.record.store import Point, SweepDirectory, environment, write_json
+from harness.timeline import Bubble
 
 CONTRACT = """point, status, reason, tp, pp, dp, world_size, schedule, micro_batch_size, num_micro_batches,
 global_batch_size, sequence_length, precision, zero_stage, activation_checkpointing, step_seconds, step_seconds_p10,
@@ -67,13 +71,17 @@ def test_line_has_the_keys_of_the_contract() -> None:
 
 
 def test_summary_by_hand() -> None:
-    # Two slow warm-up steps, then 0.1 to 1.1 s: median 0.6, and with 11 values p10 and p90 are the second of each end.
-    seconds = [9.0, 9.0, 0.3, 0.2, 0.1, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 0.9, 1.1]
+    # Two slow warm-up steps, then 0.1 to 1.0 s and one of 5.1 s: median 0.6 (mean 0.96), and with 11 values p10 and
+    # p90 are the second of each end. The bubbles' median is 0.25 too, their mean is not.
+    seconds = [9.0, 9.0, 0.3, 0.2, 0.1, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 0.9, 5.1]
+    records = [replace(record, eval_loss=3.0 if record.step == 6 else None) for record in step_records(seconds)]
+    records[-1] = replace(records[-1], eval_loss=2.0, bubble=Bubble(0.75, 3.0, 3.8))
+    records[-2] = replace(records[-2], peak_memory_bytes=2**30)
     summary = summarize(
-        make_config("parallel.tp=2"), step_records(seconds), gemm_flops_per_second=1e11, peak_flops_per_second=1e12,
-        machine=MACHINE,
+        make_config("parallel.tp=2", "parallel.pp=2", "parallel.dp=4"), records, gemm_flops_per_second=1e11,
+        peak_flops_per_second=1e12, machine=MACHINE,
     )  # fmt: skip
-    tokens_per_second_per_device = 8 * 128 / 0.6 / 2
+    tokens_per_second_per_device = 8 * 128 / 0.6 / (2 * 2 * 4)
     assert summary == pytest.approx({
         "step_seconds": 0.6,
         "step_seconds_p10": 0.2,
@@ -86,17 +94,34 @@ def test_summary_by_hand() -> None:
         "gemm_utilization": tokens_per_second_per_device * FLOPS_PER_TOKEN / 1e11,
         "bubble_fraction_measured": 0.25,
         "bubble_overhead_measured": 1 / 3,
-        "peak_memory_bytes": 13 * 2**20,
+        "peak_memory_bytes": 2**30,
         "first_loss": 4.9,
         "last_loss": 3.7,
-        "oversubscribed": False,
-        "eval_loss": None,
-        "eval_perplexity": None,
+        "oversubscribed": True,
+        "eval_loss": 2.0,
+        "eval_perplexity": 7.38905609893065,
         "drift": None,
         "warmup_steps_detected": 2,
     })  # fmt: skip
     assert set(summary) <= set(COLUMNS)
     json.dumps(summary)  # plain numbers
+
+
+def test_the_datasheet_is_read_for_the_precision_of_the_run() -> None:
+    h100 = Machine("cuda", "NVIDIA H100 80GB HBM3", num_devices=8, num_cores=64, memory_bytes=2**40)
+    for precision, peak in {"fp32": 67.0e12, "bf16": 989.4e12}.items():
+        config = make_config("cluster=dgx_h100", f"train.precision={precision}", machine=h100)
+        assert peak_flops_per_second(config, h100) == peak
+    assert peak_flops_per_second(make_config(), MACHINE) is None
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank_and_as_much_memory_as_its_largest(tmp_path: Path) -> None:
+    overrides = ["parallel.dp=2", "train.steps=4", "train.sequence_length=16", "data.kind=synthetic"]
+    argument = {"runs": [["run", overrides]], "slow_seconds": 0.5, "large_bytes": 2**30}
+    (lines,) = run_ranks(2, "ranks_train", argument, tmp_path)
+    assert len(lines) == 4
+    assert min(line["perf/step_seconds"] for line in lines) >= 0.5
+    assert min(line["memory/peak_bytes"] for line in lines) >= 2**30
 
 
 def test_conventions_of_peers_are_rates_too() -> None:

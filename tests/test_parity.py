@@ -38,6 +38,7 @@ OPTIONS: dict[str, list[list[str]]] = {
         ["train.sequence_length=12", "parallel.sequence_parallel=true"],
     ],
     "kv_heads": [[f"model.num_key_value_heads={heads}"] for heads in (4, 2, 1)],  # fewer than tp, too
+    "clipping": [["train.gradient_clipping=0"], ["train.gradient_clipping=0.3"]],  # norms are about 1
 }
 LISTED = {1: "[6]", 2: "[2,4]", 4: "[1,2,2,1]"}
 MICRO_BATCHES = 4
@@ -64,6 +65,24 @@ def paired_rows() -> list[Row]:
     return rows
 
 
+def fp16_rows() -> list[Row]:
+    """Few layouts, as CPUs have no use for fp16; a loss scale of 2^24 overflows until it has been halved often."""
+    changes = {
+        (1, 1, 1): ["deepspeed.fp16.initial_scale_power=24"],
+        (2, 1, 1): ["parallel.sequence_parallel=true"],
+        (1, 2, 1): [],
+        (1, 1, 2): ["model=llama_tiny", "model.num_key_value_heads=2"],
+    }
+    common = ["train.precision=fp16", "parallel.zero_stage=1"]
+    return [(layout, overrides_of(layout, [common, change], 1)) for layout, change in changes.items()]
+
+
+def emulated_rows() -> list[Row]:
+    """Blocks that wait have a parameter of their own."""
+    waits = ["model=emulated", "model.forward_seconds=0", "model.backward_seconds=0"]
+    return [((1, 2, 1), overrides_of((1, 2, 1), [waits], 1))]
+
+
 def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_batch_size: int) -> list[str]:
     tp, pp, dp = layout
     return [
@@ -77,7 +96,9 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
 
 @pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
 def test_parity(world_size: int, tmp_path: Path) -> None:
-    rows = [row for row in plain_rows() + paired_rows() if row[0][0] * row[0][1] * row[0][2] == world_size]
+    rows = [
+        row for row in plain_rows() + paired_rows() + fp16_rows() if row[0][0] * row[0][1] * row[0][2] == world_size
+    ]
     answers = run_ranks(world_size, "ranks_parity", [overrides for _, overrides in rows], tmp_path, timeout=900)
     failures = [
         f"{' '.join(overrides)}\n    {comparison}"

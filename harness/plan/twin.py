@@ -18,9 +18,10 @@ def twin_of(config: RunConfig) -> RunConfig:
     """The configuration with few small layers and few micro-batches.
 
     Every option that changes the computation is kept: family, ties, precision, layout, kind of partition,
-    ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped or fewer than tp, and whether
-    vocabulary and sequence divide by tp. Dropout is switched off: where tensor-parallel ranks hold different values
-    they draw different masks, so it is the same in every layout on average only.
+    ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped, fewer than tp or several on a rank,
+    whether attention is as wide as the residual stream, and whether vocabulary and sequence divide by tp. Dropout is
+    switched off: where tensor-parallel ranks hold different values they draw different masks, so it is the same in
+    every layout on average only.
     """
     partition = _twin_partition(config)
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
@@ -54,20 +55,20 @@ def reductions(config: RunConfig, twin: RunConfig) -> dict[str, tuple[Any, Any]]
 
 def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
     model, tp, full = config.model, config.parallel.tp, config.model.num_hidden_layers
-    kv_heads = min(model.num_key_value_heads, tp)
-    heads = tp * min(2, model.num_attention_heads // tp)
-    if model.num_key_value_heads == model.num_attention_heads:
-        kv_heads = heads
+    kv_heads = min(model.num_key_value_heads, 2 * tp)
+    heads = max(kv_heads, tp) * min(2, model.num_attention_heads // max(model.num_key_value_heads, tp))
     shared = max(1, tp // kv_heads)  # ranks that hold a part of one key-value head
     head_dim = HEAD_DIM if HEAD_DIM % shared == 0 else 2 * shared
+    width = heads * head_dim
+    is_as_wide = model.hidden_size == model.num_attention_heads * model.head_dim
     return model.model_copy(
         update={
             "num_hidden_layers": num_layers or min(full, 2 * config.parallel.pp + full % config.parallel.pp),
-            "hidden_size": heads * head_dim,
+            "hidden_size": width if is_as_wide else width + HEAD_DIM,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
-            "intermediate_size": 3 * heads * head_dim,
+            "intermediate_size": 3 * width,
             "vocab_size": _like(model.vocab_size, VOCAB_SIZE, tp),
             "dropout": 0.0,
         }

@@ -1,14 +1,17 @@
 """Does a layout compute the training of one rank?
 
 A layout is compared with a plain-torch reference in float64 that has no parallelism and none of our loss,
-clipping or accumulation: from the same weights, random in every parameter, and the same samples, some of
-whose targets are masked. Compared are
+clipping, accumulation or optimizer policy: from the same weights, random in every parameter, and the same
+samples, some of whose targets are masked. Compared are
 
 - the loss and the gradient of every parameter, read just before the optimizer instruction, and the global
   norm before clipping (a wrong collective, slice, bias, scale or missing reduction);
-- the weights after several steps of plain SGD, with and without clipping (a wrong scale or clip, a step
-  taken twice);
-- the moments of AdamW after one step.
+- the weights after several steps of plain SGD under a falling learning rate, with and without clipping (a wrong
+  scale or clip, a step taken twice);
+- the weights and moments after several steps of AdamW under a rising learning rate (betas, which parameters decay).
+
+A step that fp16's loss scaling skips, because its gradients overflowed, is repeated with the smaller scale; the
+reference takes it once.
 
 A difference is judged by its norm over the norm of the reference, or over 1e-3 of the largest such norm
 of its kind where that is greater: a gradient that is zero in theory (GPT-2's key bias) has no scale of its own.
@@ -17,7 +20,7 @@ of its kind where that is greater: a gradient that is zero in theory (GPT-2's ke
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +38,12 @@ from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import load_full, parameter_table, unshard
 from harness.run.build import before, build_training
-from harness.run.data import IGNORE_INDEX, micro_batches
+from harness.run.data import IGNORE_INDEX, MicroBatch, micro_batches
 from harness.run.deepspeed_config import clips_by_itself
-from harness.run.optimizer import build_learning_rate, build_optimizer
 
-SGD_STEPS = 3
+MOST_REPETITIONS = 64
+"""Of a step that overflows in fp16: more often than a loss scale can be halved."""
+
 SMALLEST_SCALE = 1e-3
 """Of the largest norm of a kind: the least a difference is measured against."""
 
@@ -69,6 +73,38 @@ class Comparison:
 # some tens of that. fp32 (2^-24 = 6e-8) is given 1e-5, a hundredth of the smallest defect worth catching, a
 # factor of 1.001. bf16 (2^-8 = 4e-3) can only catch errors of several per cent.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of the optimizer under which layout and reference take some steps."""
+
+    label: str
+    train: dict[str, Any]
+    """Changes to the section `train`."""
+    learning_rates: tuple[float, ...]
+    """Of each step, worked out by hand from `train`."""
+    compared: tuple[str, ...]
+    """What is compared after the last step, in the words of `Reference.state`."""
+
+
+# AdamW divides a gradient by about its own size, which makes noise of roundings in small ones. With an epsilon far
+# above them the division is by nearly the same number everywhere, and errors stay as small as in SGD. Decay of 1 per
+# unit of learning rate moves the weights by about as much as the gradients do.
+ADAMW = {
+    "optimizer": "adamw", "learning_rate": 0.1, "learning_rate_warmup_steps": 2, "learning_rate_decay": "constant",
+    "adam_epsilon": 1.0, "weight_decay": 1.0,
+}  # fmt: skip
+# After its peak the cosine is at half its height in the middle of the other steps, then at its end, a tenth.
+SGD = {
+    "optimizer": "sgd", "learning_rate": 0.1, "learning_rate_warmup_steps": 0, "learning_rate_decay": "cosine",
+    "steps": 2,
+}  # fmt: skip
+VARIANTS = (
+    Variant("AdamW", ADAMW, (0.05, 0.1), ("update", "exp_avg", "exp_avg_sq")),
+    Variant("SGD", {**SGD, "gradient_clipping": 0.0}, (0.1, 0.055, 0.01), ("update",)),
+    Variant("SGD, clipped", {**SGD, "gradient_clipping": 0.5}, (0.1, 0.055, 0.01), ("update",)),
+)
 
 
 class MaskedSamples:
@@ -101,11 +137,16 @@ def random_weights(model: Model, seed: int) -> Tensors:
     return weights
 
 
+DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
+"""How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
+
+
 class Reference:
     """One rank of plain torch in float64."""
 
-    def __init__(self, config: RunConfig, weights: Tensors) -> None:
+    def __init__(self, config: RunConfig, weights: Tensors, learning_rates: Sequence[float]) -> None:
         self.config = config
+        self.learning_rates = learning_rates
         # Rounded as the layout's are, then exact.
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
         single = TensorParallel.single()
@@ -117,8 +158,18 @@ class Reference:
             single,
         )
         self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.optimizer = build_optimizer(config.train, self.model.parameters())
-        self.learning_rate = build_learning_rate(config.train, self.optimizer)
+        self.optimizer = self._build_optimizer()
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        train, named = self.config.train, dict(self.model.named_parameters())
+        if train.optimizer == "sgd":
+            return torch.optim.SGD(named.values())
+        groups = [
+            {"params": [p for n, p in named.items() if n.endswith(DECAYING)], "weight_decay": train.weight_decay},
+            {"params": [p for n, p in named.items() if not n.endswith(DECAYING)], "weight_decay": 0.0},
+        ]
+        first, second = train.adam_betas
+        return torch.optim.AdamW(groups, betas=(first, second), eps=train.adam_epsilon, foreach=False)
 
     def step(self, step: int) -> tuple[float, Tensors, float]:
         """One optimizer step: loss, gradients and their norm, both before clipping."""
@@ -135,8 +186,9 @@ class Reference:
         norm = torch.nn.utils.get_total_norm(gradients.values())
         if train.gradient_clipping > 0:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clipping)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rates[step]
         self.optimizer.step()
-        self.learning_rate.step()
         return loss, gradients, float(norm)
 
     def state(self, key: str) -> Tensors:
@@ -156,8 +208,11 @@ class Layout:
         self.gradients: Tensors = {}
         self.initial = self._weights()
         self._read_gradients_before_optimizer()
-        samples = MaskedSamples(config)
-        self._data = micro_batches(config, samples, self.training.topology.coordinate(rank).dp)
+        self._data = self._samples_from(0)
+
+    def _samples_from(self, step: int) -> Iterator[MicroBatch]:
+        dp_rank = self.training.topology.coordinate(self.rank).dp
+        return micro_batches(self.config, MaskedSamples(self.config), dp_rank, step)
 
     def _read_gradients_before_optimizer(self) -> None:
         def read() -> None:
@@ -166,16 +221,23 @@ class Layout:
         before(self.training.engine, OptimizerStep, read)
 
     def _full_gradients(self) -> Tensors:
-        """This rank's slices, whole over data-parallel ranks."""
+        """This rank's slices, whole over data-parallel ranks, without the loss scale of fp16."""
         gradients = {}
+        scale = getattr(self.training.engine.optimizer, "loss_scale", 1.0)
         for name, parameter in self.training.module.global_parameters():
             gradient = parameter.grad if self._plain else deepspeed.utils.safe_get_full_grad(parameter)
-            gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+            gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach().float() / scale
         return gradients
 
     def step(self, step: int) -> tuple[float, Tensors, float]:
         """One optimizer step: loss, this rank's gradients and the global norm, both before clipping."""
-        loss = float(self.training.engine.train_batch(data_iter=self._data))
+        engine, loss = self.training.engine, float("nan")
+        for _ in range(MOST_REPETITIONS):
+            skipped = engine.skipped_steps
+            loss = float(engine.train_batch(data_iter=self._data))
+            if engine.skipped_steps == skipped:
+                break
+            self._data = self._samples_from(step)
         norm = self.training.global_gradient_norm()
         return loss, self.gradients, float("nan") if norm is None else norm
 
@@ -259,16 +321,10 @@ def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
     The model should be small (`harness.plan.twin`); every rank holds its full weights.
     """
     weights = random_weights(config.model, config.train.seed)
-    variants: dict[str, tuple[dict[str, Any], int]] = {
-        "AdamW": ({"optimizer": "adamw"}, 1),
-        "SGD": ({"optimizer": "sgd", "gradient_clipping": 0.0}, SGD_STEPS),
-        "SGD, clipped": ({"optimizer": "sgd", "gradient_clipping": 0.5}, SGD_STEPS),
-    }
     results = []
-    for label, (changes, steps) in variants.items():
-        changes = {"learning_rate_warmup_steps": 0, "learning_rate": 0.1 if "SGD" in label else 1e-3, **changes}
-        variant = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-        results += _check_variant(label, variant, weights, steps, rank)
+    for variant in VARIANTS:
+        varied = config.model_copy(update={"train": config.train.model_copy(update=variant.train)})
+        results += _check_variant(variant, varied, weights, rank)
         # Engines are full of cycles, and gloo's threads and connections end with the last reference.
         while gc.collect():
             pass
@@ -276,12 +332,13 @@ def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
     return results
 
 
-def _check_variant(label: str, config: RunConfig, weights: Tensors, steps: int, rank: int) -> list[Comparison]:
+def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: int) -> list[Comparison]:
     """Some steps of one optimizer setting."""
+    label, num_steps = variant.label, len(variant.learning_rates)
     layout = Layout(config, weights, rank)
-    reference = Reference(config, weights) if rank == 0 else None
+    reference = Reference(config, weights, variant.learning_rates) if rank == 0 else None
     tolerance, results = TOLERANCE[config.train.precision], []
-    for step in range(steps):
+    for step in range(num_steps):
         loss, local_gradients, norm = layout.step(step)
         gradients = layout.gather(local_gradients)
         if reference is not None and gradients is not None:
@@ -290,13 +347,14 @@ def _check_variant(label: str, config: RunConfig, weights: Tensors, steps: int, 
                 results.append(compare_number(f"{label}: loss", loss, expected_loss, tolerance))
                 results.append(compare(f"{label}: gradient", gradients, expected_gradients, tolerance))
                 results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, tolerance))
-    for kind in ("exp_avg", "exp_avg_sq") if config.train.optimizer == "adamw" else ("update",):
-        measured = layout.gather(layout.state(kind))
+    for state in variant.compared:
+        measured = layout.gather(layout.state(state))
         if reference is not None and measured is not None:
-            rounding = steps * ROUNDING if kind == "update" else 0.0
-            expected = reference.state(kind)
+            rounding = num_steps * ROUNDING if state == "update" else 0.0
+            expected = reference.state(state)
             allowance = {name: rounding * float(w.norm()) for name, w in reference.initial.items()}
-            results.append(compare(f"{label}: {kind} after {steps} steps", measured, expected, tolerance, allowance))
+            kind = f"{label}: {state} after {num_steps} steps"
+            results.append(compare(kind, measured, expected, tolerance, allowance))
     layout.training.destroy()
     return results
 

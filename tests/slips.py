@@ -1,0 +1,466 @@
+"""Do the tests notice likely slips? `python tests/slips.py [NAME ...]`
+
+Puts each slip into a copy of the repository, one at a time, runs the tests concerned and lists the slips that turned
+none of them red; exit status 1 where there are any. Without names all of them, with `fast` those whose tests start no
+ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COPIED = ("harness", "conf", "launchers", "tests", "pyproject.toml")
+
+PASSED, FAILED = 0, 1
+"""Exit statuses of pytest; others stand for tests that did not run."""
+
+
+@dataclass(frozen=True)
+class Slip:
+    """A small edit that makes something wrong."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+    """What must turn red: arguments of pytest, separated by spaces."""
+    starts_ranks: bool
+
+
+def slips(file: str, tests: str, starts_ranks: bool, edits: Mapping[str, tuple[str, str]]) -> list[Slip]:
+    """Slips in one file that the same tests must notice, by name."""
+    return [Slip(name, file, right, wrong, tests, starts_ranks) for name, (right, wrong) in edits.items()]
+
+
+SLIPS = [
+    *slips(
+        "harness/run/optimizer.py",
+        "tests/test_optimizer.py",
+        False,
+        {
+            "norms_decay": ('"weight_decay": 0.0', '"weight_decay": train.weight_decay'),
+            "nothing_decays": ("if p.dim() >= 2]", "if p.dim() > 2]"),
+            "rate_a_step_late": ("(step + 1) / rise", "step / rise"),
+            "rise_a_step_long": ("if step < rise", "if step <= rise"),
+            "cosine_from_the_first_step": ("(step - rise) / max(1, train.steps - rise)", "step / train.steps"),
+            "cosine_ends_at_zero": ("FINAL_LEARNING_RATE = 0.1", "FINAL_LEARNING_RATE = 0.0"),
+            "betas_swapped": ("betas=(first, second)", "betas=(second, first)"),
+            "epsilon_of_torch": ("        eps=train.adam_epsilon,\n", ""),
+        },
+    ),
+    *slips(
+        "harness/run/optimizer.py",
+        "tests/test_parity.py::test_parity[1]",
+        True,
+        {
+            "norms_decay_in_a_layout": ('"weight_decay": 0.0', '"weight_decay": train.weight_decay'),
+            "rate_a_step_late_in_a_layout": ("(step + 1) / rise", "step / rise"),
+        },
+    ),
+    *slips(
+        "harness/run/data.py",
+        "tests/test_parity.py::test_parity[2]",
+        True,
+        {
+            "weight_without_dp": ("config.num_micro_batches * dp / samples", "config.num_micro_batches / samples"),
+            "replicas_share_samples": ("(k * dp + dp_rank) * size", "(k + dp_rank) * size"),
+        },
+    ),
+    *slips(
+        "harness/run/data.py",
+        "tests/test_parity.py::test_parity[1]",
+        True,
+        {
+            "labels_not_shifted": ("(tokens[:, 1:].contiguous()", "(tokens[:, :-1].contiguous()"),
+            "same_samples_every_step": ("config, samples, dp_rank, step)", "config, samples, dp_rank, first_step)"),
+        },
+    ),
+    *slips(
+        "harness/model/loss.py",
+        "tests/test_loss.py",
+        False,
+        {
+            "padding_in_the_softmax": ("if first_padded >= num_columns:", "if True:"),
+            "ignored_targets_counted": (".masked_fill_(~counted, 0)\n\n", "\n\n"),
+        },
+    ),
+    *slips(
+        "harness/run/clipping.py",
+        "tests/test_parity.py::test_parity[2]",
+        True,
+        {
+            "replicated_counted_per_rank": (
+                '        and (tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False))\n',
+                "",
+            ),
+            "tied_weight_counted_twice": ('        and not getattr(parameter, "ds_pipe_replicated", False)\n', ""),
+            "clipping_by_one_stage": ("model_group is not None and", "model_group is None and"),
+        },
+    ),
+    *slips(
+        "harness/run/build.py",
+        "tests/test_parity.py::test_parity[1]",
+        True,
+        {
+            "clipping_never": ("scale_gradients(parameters, training.gradient_norm, max_norm)", "pass"),
+        },
+    ),
+    *slips(
+        "harness/model/block.py",
+        "tests/test_model.py",
+        False,
+        {
+            "rope_base_fixed": ("self.theta ** (pairs", "10000.0 ** (pairs"),
+            "rope_turns_the_other_way": ("torch.cat((-sin, sin), dim=-1)", "torch.cat((sin, -sin), dim=-1)"),
+            "norm_epsilon_of_torch": (
+                "self.attention_norm = build_norm(model.hidden_size, model.norm_epsilon)",
+                "self.attention_norm = build_norm(model.hidden_size)",
+            ),
+            "exact_gelu": ('F.gelu(up, approximate="tanh")', "F.gelu(up)"),
+            "gate_and_up_swapped": ("F.silu(gate) * up", "gate * F.silu(up)"),
+        },
+    ),
+    *slips(
+        "harness/model/families.py",
+        "tests/test_model.py",
+        False,
+        {
+            "last_norm_epsilon_of_torch": (
+                "norm_class(model), (model.hidden_size, model.norm_epsilon)",
+                "norm_class(model), (model.hidden_size,)",
+            ),
+        },
+    ),
+    *slips(
+        "harness/model/layers.py",
+        "tests/test_tensor_parallel.py",
+        True,
+        {
+            "row_bias_per_rank": (
+                "F.linear(hidden, self.weight), self.tp)",
+                "F.linear(hidden, self.weight, self.bias), self.tp)",
+            ),
+            "positions_of_the_first_slice": ("first = length * (self.tp.slice_rank or 0)", "first = 0"),
+        },
+    ),
+    *slips(
+        "harness/model/weights.py",
+        "tests/test_weights.py",
+        False,
+        {
+            "residual_not_narrower": ("std /= math.sqrt(2 * model.num_hidden_layers)", "pass"),
+            "residual_by_layers": ("math.sqrt(2 * model", "math.sqrt(model"),
+        },
+    ),
+    *slips(
+        "harness/model/dropout.py",
+        "tests/test_dropout.py -k stream_of_its_own",
+        False,
+        {
+            "replicas_share_masks": ("*self.forward_pass, self.dp_rank, place", "*self.forward_pass, place"),
+            "steps_share_masks": ("self.seed, *self.forward_pass,", "self.seed, self.forward_pass[1],"),
+        },
+    ),
+    *slips(
+        "harness/model/block.py",
+        "tests/test_dropout.py -k share_streams",
+        False,
+        {
+            "heads_share_masks": ('f"{name}.probabilities", tp.rank)', 'f"{name}.probabilities", None)'),
+        },
+    ),
+    *slips(
+        "harness/counts.py",
+        "tests/test_counts.py",
+        False,
+        {
+            "flops_twice_forward": ("return 3 * (blocks", "return 2 * (blocks"),
+            "attention_halved": ("// (2 if causal else 1)", "// 2"),
+            "head_not_counted": ("return 3 * (blocks + head_forward_flops(model))", "return 3 * blocks"),
+            "tied_head_counted": (
+                "return norm + (0 if model.tie_word_embeddings else",
+                "return norm + (0 if False else",
+            ),
+            "kv_heads_as_many_as_heads": (
+                "keys = model.num_key_value_heads * model.head_dim\n    projections",
+                "keys = queries\n    projections",
+            ),
+        },
+    ),
+    *slips(
+        "harness/plan/memory.py",
+        "tests/test_memory.py",
+        False,
+        {
+            "one_micro_batch_less_in_flight": ("min(num_stages - stage, num", "min(num_stages - stage - 1, num"),
+            "activations_of_one_micro_batch": (
+                "micro_batches_in_flight(stage, num_stages, config.num_micro_batches) * (kept",
+                "1 * (kept",
+            ),
+            "no_fp32_copy": ('if zero or precision != "fp32" else 0\n', "if zero else 0\n"),
+            "moments_not_split": ('config.parallel.dp if zero or precision == "bf16" else 1', "1"),
+        },
+    ),
+    *slips(
+        "harness/plan/partition.py",
+        "tests/test_partition.py",
+        False,
+        {
+            "ties_to_the_later_stage": ("extra[s], s))", "extra[s], -s))"),
+            "head_weighs_nothing": ("head_forward_flops(model)\n", "0\n"),
+        },
+    ),
+    *slips(
+        "harness/timeline.py",
+        "tests/test_timeline.py",
+        False,
+        {
+            "bubble_until_the_first_end": (
+                "end = max(rank.last_backward_end_ns",
+                "end = min(rank.last_backward_end_ns",
+            ),
+            "bubble_from_the_last_start": (
+                "start = min(rank.first_forward_start_ns",
+                "start = max(rank.first_forward_start_ns",
+            ),
+            "busy_of_the_slowest_stage": (
+                "busy = sum(sum(r.busy_seconds for r in stage) / len(stage) for stage in stages) / len(stages)",
+                "busy = max(sum(r.busy_seconds for r in stage) / len(stage) for stage in stages)",
+            ),
+            "busy_of_all_tp_ranks": ("r in stage) / len(stage) for", "r in stage) for"),
+            "backward_left_out": ("return self.forward_seconds + self.backward_seconds", "return self.forward_seconds"),
+            "ideal_with_p_instead_of_p_less_1": (
+                "return (num_stages - 1) / (num_micro_batches + num_stages - 1)",
+                "return (num_stages - 1) / (num_micro_batches + num_stages)",
+            ),
+            "overhead_is_fraction": ("overhead=total / busy - 1", "overhead=1 - busy / total"),
+        },
+    ),
+    *slips(
+        "harness/clock.py",
+        "tests/test_clock.py -k uncertainty",
+        False,
+        {
+            "clock_sign": ("offset, uncertainty = answered - middle", "offset, uncertainty = middle - answered"),
+        },
+    ),
+    *slips(
+        "harness/clock.py",
+        "tests/test_clock.py -k drift_is_linear",
+        False,
+        {
+            "drift_sign": ("start.offset_ns + round(", "start.offset_ns - round("),
+        },
+    ),
+    *slips(
+        "harness/plan/schedule.py",
+        "tests/test_schedule.py",
+        False,
+        {
+            "one_forward_too_many_ahead": (
+                "ahead = stage.num_stages - 1 - stage.index\n",
+                "ahead = stage.num_stages - stage.index\n",
+            ),
+        },
+    ),
+    *slips(
+        "harness/record/metrics.py",
+        "tests/test_metrics.py -k summary_by_hand",
+        False,
+        {
+            "ends_of_the_range_swapped": (
+                '"step_seconds_p10": float(numpy.percentile(seconds, 10))',
+                '"step_seconds_p10": float(numpy.percentile(seconds, 90))',
+            ),
+            "mean_for_median": ("step_seconds = median(seconds)", "step_seconds = sum(seconds) / len(seconds)"),
+            "mean_bubble_for_median": (
+                '"bubble_fraction_measured": median(record.bubble.fraction for record in timed)',
+                '"bubble_fraction_measured": sum(record.bubble.fraction for record in timed) / len(timed)',
+            ),
+            "a_step_more_of_warm_up": (
+                "timed = records[config.train.warmup_steps :]",
+                "timed = records[config.train.warmup_steps + 1 :]",
+            ),
+            "tokens_of_one_replica": (
+                "return config.train.global_batch_size * config",
+                "return config.train.global_batch_size // config.parallel.dp * config",
+            ),
+            "per_tensor_parallel_rank": (
+                "tokens_per_second / config.parallel.world_size",
+                "tokens_per_second / config.parallel.tp",
+            ),
+            "not_per_device": ("tokens_per_second / config.parallel.world_size", "tokens_per_second"),
+            "mfu_of_the_gemm_rate": (
+                '"mfu": flops / peak_flops_per_second if flops and peak',
+                '"mfu": flops / gemm_flops_per_second if flops and peak',
+            ),
+            "last_peak_of_memory": ("max(memory, default=None)", "memory[0] if memory else None"),
+            "perplexity_of_base_2": (
+                '"eval_perplexity": math.exp(eval_losses[-1])',
+                '"eval_perplexity": 2 ** eval_losses[-1]',
+            ),
+            "first_evaluation": ('"eval_loss": eval_losses[-1]', '"eval_loss": eval_losses[0]'),
+        },
+    ),
+    *slips(
+        "harness/record/metrics.py",
+        "tests/test_metrics.py -k Repeats",
+        False,
+        {
+            "warm_up_in_the_range": ("for line in lines[warmup_steps:]", "for line in lines"),
+        },
+    ),
+    *slips(
+        "harness/plan/hardware.py",
+        "tests/test_metrics.py -k datasheet",
+        False,
+        {
+            "mfu_of_another_precision": (".peak_flops[config.train.precision]", '.peak_flops["bf16"]'),
+        },
+    ),
+    *slips(
+        "harness/record/metrics.py",
+        "tests/test_metrics.py -k oversubscribed",
+        False,
+        {
+            "exactly_full_is_oversubscribed": ("threads > machine.num_cores", "threads >= machine.num_cores"),
+            "threads_not_counted": (
+                "config.parallel.world_size * config.launch.threads_per_rank",
+                "config.parallel.world_size",
+            ),
+        },
+    ),
+    *slips(
+        "harness/record/spread.py",
+        "tests/test_spread.py",
+        False,
+        {
+            "drift_backwards": ("after / before - 1", "before / after - 1"),
+        },
+    ),
+    *slips(
+        "harness/run/train.py",
+        "tests/test_metrics.py -k slowest_rank",
+        True,
+        {
+            "fastest_rank": ("step_seconds=max(seconds", "step_seconds=min(seconds"),
+            "smallest_rank": ("peak_memory_bytes=max(peak for", "peak_memory_bytes=min(peak for"),
+        },
+    ),
+    *slips(
+        "harness/record/report.py",
+        "tests/test_report.py",
+        False,
+        {
+            "slowest_first": ("key=lambda row: (-row[by]", "key=lambda row: (row[by]"),
+            "ranked_in_all": (
+                '"tokens_per_second_per_device" if len(sizes) > 1',
+                '"tokens_per_second" if len(sizes) > 1',
+            ),
+            "ties_by_the_median": ("if fast >= slowest", "if entry[by] >= slowest"),
+            "a_tie_ends_with_its_last": ("min(slow, slowest)", "slow"),
+            "oversubscribed_ranked": ('sound and not row["oversubscribed"] and', "sound and"),
+        },
+    ),
+    *slips(
+        "harness/config.py",
+        "tests/test_config.py -k identity",
+        False,
+        {
+            "settings_not_in_the_identity": ('        "deepspeed": config.deepspeed,\n', ""),
+            "threads_not_in_the_identity": ('        "threads_per_rank": config.launch.threads_per_rank,\n', ""),
+            "layout_not_in_the_identity": ('        "parallel": config.parallel.model_dump(),\n', ""),
+        },
+    ),
+    *slips(
+        "harness/run/checkpoint.py",
+        "tests/test_checkpoint.py -k bit_by_bit",
+        True,
+        {
+            "rate_a_step_late_after_resuming": (
+                "last_epoch = meta.scheduler_step - 1",
+                "last_epoch = meta.scheduler_step",
+            ),
+        },
+    ),
+    *slips(
+        "harness/run/checkpoint.py",
+        "tests/test_dropout.py -k resuming",
+        True,
+        {
+            "masks_from_the_start_after_resuming": ("    engine.global_steps = meta.step  # dropout draws by it\n", ""),
+        },
+    ),
+]
+
+
+def main(names: Sequence[str]) -> int:
+    """Try the named slips, without names all; 1 where one was not noticed or does not fit the code."""
+    known = {slip.name for slip in SLIPS}
+    if unknown := set(names) - known - {"fast"}:
+        print(
+            f"no such slip: {', '.join(sorted(unknown))}; there are: fast, {', '.join(sorted(known))}", file=sys.stderr
+        )
+        return 2
+    chosen = [s for s in SLIPS if not names or s.name in names or ("fast" in names and not s.starts_ranks)]
+    faults = {}
+    with copied_repository() as copy:
+        passing = {tests: run_tests(tests, copy) == PASSED for tests in dict.fromkeys(slip.tests for slip in chosen)}
+        for slip in chosen:
+            fault = fault_of(slip, copy) if passing[slip.tests] else f"{slip.tests} fails without any slip"
+            print(f"{slip.name}: {fault or 'noticed'}", flush=True)
+            if fault:
+                faults[slip.name] = fault
+    print(
+        f"\n{len(chosen)} slips, {len(faults)} not noticed", *(f"{name}: {f}" for name, f in faults.items()), sep="\n"
+    )
+    return 1 if faults else 0
+
+
+@contextmanager
+def copied_repository() -> Iterator[Path]:
+    """A copy of what the tests need, in a folder that goes away."""
+    with tempfile.TemporaryDirectory(prefix="slips-") as folder:
+        for name in COPIED:
+            source, target = REPOSITORY / name, Path(folder, name)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        yield Path(folder)
+
+
+def fault_of(slip: Slip, copy: Path) -> str | None:
+    """None for a slip that turns a test red, else what is wrong with it or with the tests."""
+    file = copy / slip.file
+    content = file.read_text()
+    if (count := content.count(slip.right)) != 1:
+        return f"{slip.file} holds {slip.right!r} {count} times; adapt tests/slips.py"
+    try:
+        file.write_text(content.replace(slip.right, slip.wrong))
+        status = run_tests(slip.tests, copy)
+    finally:
+        file.write_text(content)
+    return None if status == FAILED else f"{slip.tests} ends with status {status}"
+
+
+def run_tests(tests: str, copy: Path) -> int:
+    """Exit status of pytest."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split(maxsplit=2)]
+    # Bytecode is found by the second and the size of its source, which a slip may share with what is right.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""The small model of a parity check keeps whatever changes the computation, and only sizes shrink."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import compose_raw
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from harness.config import EmulatedModel, Model, Parallel, RunConfig, Train, check, load_config
+from harness.errors import ConfigError
+from harness.machine import Machine
+from harness.plan.twin import reductions, twin_of
+
+GPUS = Machine("cuda", "test GPU", num_devices=2**10, num_cores=2**10, memory_bytes=2**40)
+LLAMA, GPT2 = (load_config(compose_raw(f"model={name}"), GPUS) for name in ("llama_tiny", "gpt2_tiny"))
+
+# What may become of every field. "size": smaller, as the test below says for each; "off": see the docstring of twin_of.
+SIZE, KEPT, OFF = "size", "kept", "off"
+FIELDS = {
+    "model": {
+        "name": KEPT, "family": KEPT, "num_hidden_layers": SIZE, "hidden_size": SIZE, "num_attention_heads": SIZE,
+        "num_key_value_heads": SIZE, "head_dim": SIZE, "intermediate_size": SIZE, "vocab_size": SIZE,
+        "max_position_embeddings": KEPT, "tie_word_embeddings": KEPT, "norm_epsilon": KEPT, "rope_theta": KEPT,
+        "initializer_range": KEPT, "dropout": OFF,
+    },
+    "parallel": {
+        "tp": KEPT, "pp": KEPT, "dp": KEPT, "schedule": KEPT, "partition": SIZE, "zero_stage": KEPT,
+        "sequence_parallel": KEPT,
+    },
+    "train": {
+        "micro_batch_size": SIZE, "global_batch_size": SIZE, "sequence_length": SIZE, "steps": KEPT,
+        "warmup_steps": KEPT, "precision": KEPT, "optimizer": KEPT, "learning_rate": KEPT,
+        "learning_rate_warmup_steps": KEPT, "learning_rate_decay": KEPT, "adam_betas": KEPT, "adam_epsilon": KEPT,
+        "weight_decay": KEPT, "gradient_clipping": KEPT, "activation_checkpointing": KEPT, "seed": KEPT,
+        "checkpoint_interval": KEPT, "keep_checkpoints": KEPT, "resume": KEPT, "eval_interval": KEPT,
+        "eval_samples": KEPT,
+    },
+}  # fmt: skip
+SECTIONS = {"model": Model, "parallel": Parallel, "train": Train}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_is_decided_upon(section: str) -> None:
+    """A new one needs a decision: does the twin keep it, or is it a size?"""
+    assert set(SECTIONS[section].model_fields) == set(FIELDS[section])
+
+
+def test_sections_beside_are_kept_whole() -> None:
+    twin = twin_of(LLAMA)
+    for section in set(RunConfig.model_fields) - set(SECTIONS):
+        assert getattr(twin, section) == getattr(LLAMA, section), section
+    assert set(EmulatedModel.model_fields) - set(Model.model_fields) == {
+        "forward_seconds", "backward_seconds", "jitter", "stage_factors"
+    }  # fmt: skip
+
+
+# What is kept and bound to nothing else may have any value.
+FREE = {
+    "model": ["tie_word_embeddings", "norm_epsilon", "rope_theta", "initializer_range", "dropout"],
+    "train": [
+        "optimizer", "precision", "learning_rate", "learning_rate_warmup_steps", "learning_rate_decay", "adam_epsilon",
+        "weight_decay", "gradient_clipping", "activation_checkpointing", "seed",
+    ],
+}  # fmt: skip
+
+
+NUMBERS = {float: st.floats(1e-9, 0.9), int: st.integers(0, 10**6)}
+
+
+def any_of(section: str) -> st.SearchStrategy[dict[str, Any]]:
+    types = {name: SECTIONS[section].model_fields[name].annotation for name in FREE[section]}
+    return st.fixed_dictionaries(
+        {name: NUMBERS[kind] if kind in NUMBERS else st.from_type(kind) for name, kind in types.items()}
+    )
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> RunConfig:
+    """Configurations that can run."""
+    small = st.integers(1, 4)
+    tp, pp, dp = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(small), draw(small)
+    kv_heads = draw(st.sampled_from([1, 2, tp, 2 * tp, 3 * tp]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 3, tp]))
+    head_dim = 2 * draw(st.integers(1, 8)) * draw(st.sampled_from([1, tp]))
+    layers = draw(st.lists(st.integers(1, 9), min_size=pp, max_size=pp))
+    base = draw(st.sampled_from([LLAMA, GPT2]))
+    micro_batch_size = draw(st.integers(1, 8))
+    model = {
+        "num_hidden_layers": sum(layers), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "hidden_size": draw(st.sampled_from([heads * head_dim, heads * head_dim + 6])),
+        "intermediate_size": tp * draw(st.integers(1, 300)), "vocab_size": draw(st.integers(1, 500)),
+        "max_position_embeddings": 4096, **draw(any_of("model")),
+    }  # fmt: skip
+    parallel = {
+        "tp": tp, "pp": pp, "dp": dp, "zero_stage": draw(st.sampled_from([0, 1])),
+        "sequence_parallel": draw(st.booleans()),
+        "partition": draw(st.sampled_from(["uniform", "parameters", "cost", layers])),
+    }  # fmt: skip
+    train = {
+        "micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size * dp * draw(st.integers(1, 9)),
+        "sequence_length": draw(st.integers(1, 600)), **draw(any_of("train")),
+    }  # fmt: skip
+    changes = {"model": model, "parallel": parallel, "train": train}
+    raw = base.model_dump()
+    config = RunConfig.model_validate({**raw, **{name: raw[name] | changes[name] for name in changes}})
+    try:
+        check(config, GPUS)
+    except ConfigError:
+        assume(False)
+    return config
+
+
+@settings(max_examples=300, deadline=None)
+@given(configurations())
+def test_only_sizes_shrink_and_keep_their_kind(config: RunConfig) -> None:
+    twin = twin_of(config)
+    check(twin, GPUS)
+    for section, fields in FIELDS.items():
+        before, after = getattr(config, section), getattr(twin, section)
+        for field, fate in fields.items():
+            if fate == KEPT:
+                assert getattr(before, field) == getattr(after, field), f"{section}.{field}"
+            assert type(getattr(before, field)) is type(getattr(after, field))
+    assert twin.model.dropout == 0
+    changed = {key for key, (before, after) in reductions(config, twin).items() if before != after}
+    assert changed <= {f"{section}.{field}" for section, fields in FIELDS.items() for field in fields}
+    check_model(config, twin)
+    check_batch(config, twin)
+
+
+def check_model(config: RunConfig, twin: RunConfig) -> None:
+    tp, pp = config.parallel.tp, config.parallel.pp
+    full, small = config.model, twin.model
+    assert pp <= small.num_hidden_layers <= full.num_hidden_layers
+    assert small.num_hidden_layers <= 3 * pp
+    if isinstance(config.parallel.partition, list):
+        sizes, kept = config.parallel.partition, twin.parallel.partition
+        assert isinstance(kept, list)
+        assert all((kept[i] > kept[i + 1]) <= (sizes[i] > sizes[i + 1]) for i in range(pp - 1))
+        assert (len(set(kept)) == 1) == (len(set(sizes)) == 1)
+    else:
+        assert (small.num_hidden_layers % pp == 0) == (full.num_hidden_layers % pp == 0)
+
+    def kinds(model: Model) -> list[bool]:
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        return [
+            kv_heads == heads,
+            kv_heads < tp,
+            kv_heads > tp,  # several on a rank
+            heads > max(kv_heads, tp),
+            model.hidden_size == heads * model.head_dim,
+        ]
+
+    assert kinds(small) == kinds(full)
+    assert small.vocab_size % tp == full.vocab_size % tp
+    assert small.num_attention_heads <= 4 * tp
+
+
+def check_batch(config: RunConfig, twin: RunConfig) -> None:
+    tp = config.parallel.tp
+    full, small = config.train, twin.train
+    assert small.sequence_length % tp == full.sequence_length % tp
+    assert small.sequence_length <= min(full.sequence_length, 20 + 2 * tp)
+    assert small.micro_batch_size == min(2, full.micro_batch_size)
+    assert twin.num_micro_batches == min(4, config.num_micro_batches)
+    assert small.global_batch_size == small.micro_batch_size * twin.num_micro_batches * config.parallel.dp
