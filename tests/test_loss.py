@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,20 +16,32 @@ from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss, vocab_parallel_cross_entropy
 
 SINGLE = TensorParallel.single()
+NUM_COLUMNS = 300
 
 
-def both(logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = -100) -> list[tuple[Tensor, Tensor]]:
-    """(losses, gradient of the logits) of ours and of F.cross_entropy in float64."""
-    weights = torch.linspace(-1, 2, targets.numel(), dtype=torch.float64).reshape(targets.shape)
-    ours = logits.clone().requires_grad_()
-    losses = vocab_parallel_cross_entropy(ours, targets, vocab_size, SINGLE, ignore_index)
-    losses.backward(weights.to(losses.dtype))
-    exact = logits.double().requires_grad_()
-    flat = exact[..., :vocab_size].flatten(0, -2)
-    expected = F.cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=ignore_index)
-    expected = expected.reshape(targets.shape)
-    expected.backward(weights)
-    return [(losses, ours.grad), (expected, exact.grad)]
+def ours(logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
+    return vocab_parallel_cross_entropy(logits, targets, vocab_size, SINGLE, ignore_index)
+
+
+def reference(logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = -100) -> Tensor:
+    """In the type of the logits."""
+    flat = logits[..., :vocab_size].flatten(0, -2)
+    losses = F.cross_entropy(flat, targets.flatten(), reduction="none", ignore_index=ignore_index)
+    return losses.reshape(targets.shape)
+
+
+def weights_of(targets: Tensor) -> Tensor:
+    """Of the losses; of both signs, exact in fp32."""
+    return torch.linspace(-1, 2, targets.numel()).reshape(targets.shape)
+
+
+def with_gradient(compute: Callable[..., Tensor], logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses, and the gradient of the logits of their weighted sum."""
+    leaf = logits.clone().requires_grad_()
+    losses = compute(leaf, targets)
+    losses.backward(weights_of(targets).to(losses.dtype))
+    assert leaf.grad is not None
+    return losses.detach(), leaf.grad
 
 
 @settings(deadline=None, max_examples=40)
@@ -46,24 +61,74 @@ def test_equals_cross_entropy(
     logits[..., vocab_size:] = 10 * scale  # padding must not count, however large
     targets = torch.randint(vocab_size, shape, generator=generator)
     targets[torch.rand(shape, generator=generator) < 0.3] = ignore_index
-    (losses, gradient), (expected, expected_gradient) = both(logits, targets, vocab_size, ignore_index)
+    case = {"vocab_size": vocab_size, "ignore_index": ignore_index}
+    losses, gradient = with_gradient(partial(ours, **case), logits, targets)
+    expected, expected_gradient = with_gradient(partial(reference, **case), logits, targets)
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-10 * scale)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
     assert not losses[targets == ignore_index].any()
     assert not gradient[targets == ignore_index].any()
 
 
+def rounding_bounds(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What rounding to fp32 can change in the losses and in the logits' gradient, to first order in u = 2^-24.
+
+    One rounding changes a result by u of it; exp, log and expm1 are exact to two of those. Let d be a logit's distance
+    from the maximum, p its probability, E[d] the sum of p d, V the number of columns, T the sum of exponentials.
+
+    - exp(-d) is off by d + 2 of those: rounding d shifts the exponent by u d.
+    - T is off by V + E[d] + 2, in whatever order the V numbers are added. (torch adds V/4, V/8 or V/16 numbers in each
+      lane of the processor's vectors, one after the other. When one of them is nearly all of T, that loses the most.)
+    - exp(-d) / T costs 2, as some kernels multiply with 1 / T, and T found again from that 1 more: V + E[d] + 5.
+    - loss = log T + d of the target adds 2 log T, the target's d and the loss itself: V + E[d] + 5 + 3 loss, times u.
+    - The gradient, p times weight: exp, T, the division and two products, V + d + E[d] + 8, times u p weight.
+    - Of the target, expm1(-loss) times weight: u (1 - p) weight thrice, and the loss' own error times p weight.
+
+    Then the gradient gets the type of the logits: half an eps of that, or half of its smallest number.
+    """
+    u, target, weight = 2.0**-24, targets.unsqueeze(-1), weights.unsqueeze(-1).abs()
+    exact, kind = logits.double(), torch.finfo(logits.dtype)
+    probability = exact.softmax(-1)
+    distance = exact.amax(-1, keepdim=True) - exact
+    roundings = logits.shape[-1] + (probability * distance).sum(-1, keepdim=True)
+    loss = exact.logsumexp(-1, keepdim=True) - exact.gather(-1, target)
+    loss_bound = u * (roundings + 5 + 3 * loss)
+    certainty, doubt = (-loss).exp(), -(-loss).expm1()
+    size = probability.scatter(-1, target, doubt) * weight
+    bound = u * (roundings + distance + 8) * size
+    bound.scatter_(-1, target, (3 * u * doubt + loss_bound * certainty) * weight)
+    return loss_bound.squeeze(-1), bound + (size + kind.tiny) * kind.eps / 2
+
+
+def over_bounds(dtype: torch.dtype, compute: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    """The largest errors of losses and gradient over their bounds; half of the rows are sure of the target."""
+    targets = torch.arange(64)
+    logits = (4 * torch.randn(64, NUM_COLUMNS, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[targets[:32], targets[:32]] += 20
+    found = with_gradient(compute, logits, targets)
+    exact = with_gradient(partial(reference, vocab_size=NUM_COLUMNS), logits.double(), targets)
+    bounds = rounding_bounds(logits, targets, weights_of(targets))
+    assert found[1].dtype == dtype
+    return [float(((f.double() - e).abs() / b).max()) for f, e, b in zip(found, exact, bounds, strict=True)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_is_computed_in_fp32(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    logits = (4 * torch.randn(64, 3000)).to(dtype)
-    logits[torch.arange(32), torch.arange(32)] += 20  # sure of the target: 1 - softmax cancels
-    (losses, gradient), (expected, expected_gradient) = both(logits, torch.arange(64), 3000)
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, expected.float(), rtol=1e-5, atol=1e-5)
-    assert gradient.dtype == dtype
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=max(2 * eps, 1e-4), atol=max(eps / 100, 5e-7))
+    assert max(over_bounds(dtype, partial(ours, vocab_size=NUM_COLUMNS))) <= 1
+
+
+WRONG: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bf16": lambda logits, targets: reference(logits.bfloat16(), targets, NUM_COLUMNS),
+    "fp16": lambda logits, targets: reference(logits.half(), targets, NUM_COLUMNS),
+    "bf16 in the end": lambda logits, targets: ours(logits, targets, NUM_COLUMNS).bfloat16(),
+    "a column is missing": lambda logits, targets: ours(logits, targets, NUM_COLUMNS - 1),
+    "a thousandth too much": lambda logits, targets: 1.001 * ours(logits, targets, NUM_COLUMNS),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bounds_of_rounding_find_what_is_wrong(name: str) -> None:
+    assert min(over_bounds(torch.float32, WRONG[name])) > 10
 
 
 def test_target_outside_the_vocabulary_is_not_a_number() -> None:
