@@ -28,6 +28,7 @@ import numpy.typing as npt
 from harness.config import Data
 from harness.errors import ConfigError
 from harness.machine import cache_folder
+from harness.strict_json import dumps
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenized in pieces: a tokenizer needs a hundred bytes of memory per character."""
@@ -252,7 +253,7 @@ def _tokenize_once(text: _Text, content: str, tokenizer_name: str, vocab_size: i
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, lambda file: np.save(file, tokens))
-        _write(path.with_suffix(".json"), lambda file: file.write(json.dumps(entry).encode()))
+        _write(path.with_suffix(".json"), lambda file: file.write(dumps(entry).encode()))
     except OSError as error:
         raise ConfigError(
             f"the token cache {folder} can't be written ({error.strerror}); "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.clock import ClockOffset, to_reference
+from harness.strict_json import dumps
 
 BACKWARD_KINDS = ("backward", "backward_input", "backward_weight")
 """Whole, or split into the gradients of activations and of weights (arXiv 2401.10241)."""
@@ -320,7 +321,7 @@ class SpanFile(NamedTuple):
 def span_lines(spans: Iterable[Span]) -> Iterator[str]:
     """JSON lines as the span files hold them."""
     for span in spans:
-        yield json.dumps(span, separators=(",", ":")) + "\n"
+        yield dumps(span, separators=(",", ":")) + "\n"
 
 
 def read_spans(path: Path) -> SpanFile:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from harness.config import REPOSITORY, Cluster, RunConfig
 from harness.machine import Machine
 
+CONF = REPOSITORY / "conf"
+
 
 def known_clusters() -> list[Cluster]:
-    """All files of conf/cluster/."""
-    files = sorted(Path(REPOSITORY, "conf", "cluster").glob("*.yaml"))
-    return [Cluster.model_validate(OmegaConf.to_container(OmegaConf.load(file))) for file in files]
+    """What the files of conf/cluster/ describe; one that describes nothing is left out with a warning."""
+    clusters = []
+    for file in sorted(CONF.glob("cluster/*.yaml")):
+        try:
+            clusters.append(Cluster.model_validate(_content(file)))
+        except Exception as error:  # of YAML, Hydra or the schema: whoever wrote the file may use another one
+            reason = " ".join(str(error).split())
+            logging.getLogger(__name__).warning("%s is left out, it is no cluster: %s", file, reason)
+    return clusters
+
+
+def _content(file: Path) -> Any:
+    """Plain containers of one file, and of those it builds on where it has a defaults list."""
+    content = OmegaConf.load(file)
+    if isinstance(content, DictConfig) and "defaults" in content:
+        import hydra  # takes longer than all else here
+
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            content = hydra.compose(f"cluster/{file.stem}").cluster
+    return OmegaConf.to_container(content, resolve=True)
 
 
 def peak_flops_per_second(config: RunConfig, machine: Machine) -> float | None:

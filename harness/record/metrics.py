@@ -18,7 +18,7 @@ from harness.config import RunConfig
 from harness.counts import flops_conventions, parameters, training_flops_per_token
 from harness.machine import Machine
 from harness.record.spread import detect_warmup, drift
-from harness.record.store import Attempt, Point, is_stale, read_json, read_jsonl
+from harness.record.store import Attempt, Point, is_stale, read_json, read_jsonl, read_measured
 from harness.timeline import Bubble, ideal_bubble_fraction, ideal_bubble_overhead
 
 COLUMNS = tuple(
@@ -66,6 +66,14 @@ class StepRecord:
     """Mean over the tokens of the held-out samples, at steps that end with an evaluation."""
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a diverged loss leaves nothing else."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def tokens_per_step(config: RunConfig) -> int:
     """Tokens of the global batch."""
     return config.train.global_batch_size * config.train.sequence_length
@@ -74,7 +82,7 @@ def tokens_per_step(config: RunConfig) -> int:
 def metrics_line(record: StepRecord, config: RunConfig) -> dict[str, Any]:
     """One line of metrics.jsonl, and one point of wandb's history."""
     loss = record.eval_loss
-    evaluation = {} if loss is None else {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+    evaluation = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     return {
         "step": record.step,
         "train/loss": record.loss,
@@ -177,7 +185,7 @@ def summarize(
         "last_loss": records[-1].loss,
         "oversubscribed": is_oversubscribed(config, machine),
         "eval_loss": eval_losses[-1] if eval_losses else None,
-        "eval_perplexity": math.exp(eval_losses[-1]) if eval_losses else None,
+        "eval_perplexity": perplexity(eval_losses[-1]) if eval_losses else None,
         "drift": drift(seconds),
         "warmup_steps_detected": detect_warmup([record.step_seconds for record in records]),
     }
@@ -229,7 +237,7 @@ def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> dict[st
             columns["oversubscribed"] = is_oversubscribed(config, machine)
         if "row" not in result:
             columns |= _before_the_end(attempt, config, machine)
-    parity = read_json(attempt.parity_file) or {}
+    parity = read_measured(attempt.parity_file) or {}
     columns |= {key: parity.get(key) for key in ("parity", "parity_max_error")}
     if not is_sound(columns):
         columns["reason"] = columns["reason"] or parity.get("reason")

@@ -35,6 +35,7 @@ import yaml  # type: ignore[import-untyped]
 from harness.config import REPOSITORY, RunConfig
 from harness.errors import ConfigError
 from harness.machine import Machine, gpu_versions, process_started
+from harness.strict_json import dumps, with_numbers
 
 Status = Literal["pending", "running", "interrupted", "ok", "invalid", "oom", "timeout", "hang", "crashed"]
 
@@ -74,7 +75,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file as a whole."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_atomically(path, dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -84,6 +85,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_measured(path: Path) -> dict[str, Any] | None:
+    """As `read_json`, of a file that may hold NaN and infinities."""
+    content: dict[str, Any] | None = with_numbers(read_json(path))
+    return content
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
@@ -106,7 +113,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                if not isinstance(value := json.loads(line), dict):
+                if not isinstance(value := with_numbers(json.loads(line)), dict):
                     break
                 lines.append(value)
     except (OSError, ValueError):
@@ -276,7 +283,7 @@ class Attempt:
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None when it is missing or damaged."""
-        return read_json(self.result_file)
+        return read_measured(self.result_file)
 
     def wandb_run_id(self) -> str | None:
         """Id of its wandb run; None until that is written."""

@@ -31,6 +31,7 @@ from pydantic import ValidationError
 from harness.config import REPOSITORY, Wandb
 from harness.record.metrics import row
 from harness.record.store import Attempt, SweepDirectory, read_json, write_json
+from harness.strict_json import with_numbers
 
 # What a child keeps of the WANDB_* variables: how to reach the server and as whom. The others name a run, and
 # would make ours a part of the one that some parent process has open.
@@ -195,7 +196,7 @@ def _follow(attempt: Attempt) -> Iterator[dict[str, Any]]:
         position += len(whole)
         for line in whole.splitlines():
             try:
-                yield json.loads(line)
+                yield with_numbers(json.loads(line))
             except ValueError:
                 return
         if ended:

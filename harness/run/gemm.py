@@ -1,15 +1,21 @@
 """The matrix-product rate of this machine, the denominator of `gemm_utilization`.
 
 Measured once per device, precision, threads and number of processes, with as many processes at once as a
-run has ranks (they share memory bandwidth and clock), and kept in the user's cache folder.
+run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -18,69 +24,133 @@ from harness.machine import Machine, cache_file
 from harness.record.store import write_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-REPEATS = 3
-LONG_ENOUGH_SECONDS = 0.1
-LARGEST_SIZE = 16384
+SIZES = tuple(2**power for power in range(8, 15))
+WINDOWS = 2
+"""Per size; the better one counts."""
+WINDOW_SECONDS = 0.1
+"""In which all ranks compute: many time slices, and a whole period of a container's processor quota."""
+SHARE_OF_FREE_MEMORY = 1 / 16
+"""What the matrices of all ranks may take at most: a model lives beside them."""
+
+T = TypeVar("T")
 
 
-def gemm_flops_per_second(config: RunConfig, machine: Machine, device: torch.device, achieved: float) -> float:
-    """FLOP/s of one rank in its best square matrix product while all ranks do the same.
+def gemm_flops_per_second(
+    config: RunConfig, machine: Machine, device: torch.device, achieved: float, group: dist.ProcessGroup | None = None
+) -> float:
+    """FLOP/s of one rank in square matrix products of the best size while all ranks do the same.
 
     A collective over all ranks: rank 0 knows whether the cache has it.
 
     Args:
         achieved: what the model itself reached per rank, on rank 0; a cached rate below it was measured on
             a busy machine and is measured again.
+        group: all ranks, with a backend for tensors in host memory; None is the default group.
+
+    Raises:
+        RuntimeError: one rank can't; raised on all.
     """
-    threads, ranks = config.launch.threads_per_rank, config.parallel.world_size
-    file = cache_file("gemm", machine, config.train.precision, f"{threads}threads", f"{ranks}ranks")
-    cached = _read(file) if dist.get_rank() == 0 else None
-    known = [cached if cached is not None and cached >= achieved else None]
-    dist.broadcast_object_list(known, src=0)
+    known: list[float | None] = [None]
+    file: Path | None = None
+    if dist.get_rank() == 0:
+        with contextlib.suppress(Exception):  # no home, no file, a damaged one: it is measured
+            circumstances = [f"{config.launch.threads_per_rank}threads", f"{config.parallel.world_size}ranks"]
+            file = cache_file("gemm", machine, config.train.precision, *circumstances)
+            cached = float(json.loads(file.read_text())["flops_per_second"])
+            known = [cached if cached >= achieved else None]
+    dist.broadcast_object_list(known, src=0, group=group)
     if known[0] is not None:
         return known[0]
-    rate = measure(DTYPES[config.train.precision], device)
-    rates: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(rates, rate)
-    mean = sum(rates) / len(rates)
-    if dist.get_rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"flops_per_second": mean})
-    return mean
+    rate = measure(DTYPES[config.train.precision], device, group)
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"flops_per_second": rate})
+        except OSError as error:
+            logging.getLogger(__name__).warning("the matrix-product rate is not kept for other runs: %s", error)
+    return rate
 
 
-def _read(file: Path) -> float | None:
-    try:
-        return float(json.loads(file.read_text())["flops_per_second"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None) -> float:
+    """Best FLOP/s over growing square products, the mean over ranks that all compute at the same time.
 
-
-def measure(dtype: torch.dtype, device: torch.device) -> float:
-    """Best FLOP/s over growing square products, every rank in step with the others."""
-    best, size = 0.0, 256
-    while size <= LARGEST_SIZE:
-        seconds = torch.tensor(_fastest_product(size, dtype, device), dtype=torch.float64, device=device)
-        best = max(best, 2 * size**3 / float(seconds))
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)  # ranks go on together, or stop together
-        if float(seconds) > LONG_ENOUGH_SECONDS:
+    Raises:
+        RuntimeError: one rank can't; raised on all.
+    """
+    best, memory = 0.0, min(agreed(lambda: free_bytes(device), group)) * SHARE_OF_FREE_MEMORY
+    for size in SIZES:
+        if 3 * size**2 * dtype.itemsize > memory:
             break
-        size *= 2
+        products_per_second = _products_per_second(size, dtype, device, group)
+        best = max(best, 2 * size**3 * products_per_second)
+        if products_per_second * WINDOW_SECONDS < 1:
+            break
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not best:
+        raise RuntimeError(f"the {memory / 2**10:,.0f} KiB it may take hold no matrices")
     return best
 
 
-def _fastest_product(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of the fastest of a few products of two random matrices."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.mm(a, b)
-    fastest = float("inf")
-    for _ in range(REPEATS):
-        synchronize(device)
-        start = time.perf_counter()
+def free_bytes(device: torch.device) -> float:
+    """Free memory for this rank's matrices: of its device, or its part of the host's."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available / dist.get_world_size())
+
+
+def agreed(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """What `act` returned on each rank, by rank; a collective call, after which all ranks go on together.
+
+    Raises:
+        RuntimeError: it failed on a rank; raised on all, so that none waits for one that has given up.
+    """
+    try:
+        mine, problem = [act()], None
+    except Exception as error:
+        mine, problem = [], f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    everyone: list[tuple[list[T], str | None]] = [(mine, problem)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (mine, problem), group=group)
+    for _, problem in everyone:
+        if problem is not None:
+            raise RuntimeError(problem)
+    return [result for results, _ in everyone for result in results]
+
+
+def _products_per_second(size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None) -> float:
+    """Products of one rank per second in the best window."""
+    products: list[Callable[[], None]] = []
+    agreed(lambda: products.append(build_product(size, dtype, device)), group)
+    best = 0.0
+    for _ in range(WINDOWS):
+        windows = agreed(lambda: repeat(products[0]), group)
+        best = max(best, fmean(number for number, _ in windows) / max(seconds for _, seconds in windows))
+    return best
+
+
+def build_product(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Something that multiplies two random matrices [size, size] and waits until that is done; it has done so once."""
+    a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+
+    def product() -> None:
         torch.mm(a, b, out=out)
         synchronize(device)
-        fastest = min(fastest, time.perf_counter() - start)
-    return fastest
+
+    product()
+    return product
+
+
+def repeat(product: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> tuple[int, float]:
+    """How often a product was made in a window of time, and the seconds of that: to the end of the last one.
+
+    All ranks end by time and not by number, so that they compute beside each other to the end.
+    """
+    start, count = clock(), 0
+    while True:
+        product()
+        count += 1
+        if (elapsed := clock() - start) >= WINDOW_SECONDS:
+            return count, elapsed
 
 
 def synchronize(device: torch.device) -> None:

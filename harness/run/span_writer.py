@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.clock import ClockOffset
+from harness.strict_json import dumps
 from harness.timeline import Span, span_lines
 
 
@@ -24,7 +24,7 @@ class SpanWriter:
         self._file = path.open("w")
         self._num_spans = 0
         clock = {"clock": "CLOCK_MONOTONIC, nanoseconds", "clock_offset_start": clock_offset}
-        self._file.write(json.dumps(header | clock) + "\n")
+        self._file.write(dumps(header | clock) + "\n")
 
     def write(self, spans: Iterable[Span]) -> None:
         """Add spans of one step."""
@@ -34,9 +34,9 @@ class SpanWriter:
 
     def write_memory(self, samples: Sequence[tuple[int, int]]) -> None:
         """Add moments of the rank's clock, in nanoseconds, with the bytes in use then."""
-        self._file.write(json.dumps({"memory": samples}, separators=(",", ":")) + "\n")
+        self._file.write(dumps({"memory": samples}, separators=(",", ":")) + "\n")
 
     def close(self, clock_offset: ClockOffset) -> None:
         """End the file, with the offset of the rank's clock as the run ends."""
-        self._file.write(json.dumps({"clock_offset_end": clock_offset, "num_spans": self._num_spans}) + "\n")
+        self._file.write(dumps({"clock_offset_end": clock_offset, "num_spans": self._num_spans}) + "\n")
         self._file.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import resource
 import time
 from collections.abc import Sequence
@@ -45,6 +44,7 @@ from harness.run.gemm import gemm_flops_per_second
 from harness.run.heartbeat import attach_heartbeat
 from harness.run.span_writer import SpanWriter
 from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
+from harness.strict_json import dumps
 from harness.timeline import STEP, Bubble, Span, StageActivity, activity, measured_bubble
 from harness.topology import Topology
 
@@ -212,7 +212,7 @@ class Loop:
         self.peak_bytes = [peak for _, peak, _ in ranks]
         assert self._metrics is not None
         line = metrics_line(record, self.config)
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(dumps(line) + "\n")
         self._metrics.flush()
         left = (time.monotonic() - self._started) / self._steps_done * (self.config.train.steps - step)
         evaluated = f"  held-out loss {eval_loss:.4f}" if eval_loss is not None else ""

@@ -1,0 +1,40 @@
+"""The matrix-product rate: ranks that share cores, a rank that can't, and little memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from distributed import run_ranks
+
+SECONDS, LONG_SECONDS = 0.005, 0.15
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    argument = {"seconds": SECONDS, "long_seconds": LONG_SECONDS}
+    return run_ranks(2, "ranks_gemm", argument, tmp_path_factory.mktemp("gemm"), timeout=60)
+
+
+def test_ranks_that_share_a_core_share_its_rate(answer: Any) -> None:
+    # 2 n^3 over the seconds of a product: what the only core gives. Two ranks that took turns would each show all
+    # of it; the window of 0.1 s may begin on one while the other still wakes up.
+    core = 2 * 256**3 / SECONDS
+    assert 0.2 * core < sum(answer["rates"]) < 1.4 * core
+
+
+def test_a_rank_that_fails_holds_up_no_other(answer: Any) -> None:
+    assert answer["problems"] == ["RuntimeError: rank 1: MemoryError: no room for a matrix"] * 2
+
+
+def test_matrices_take_a_small_part_of_free_memory(answer: Any) -> None:
+    assert answer["sizes"] == [256, 512]
+
+
+def test_a_window_lasts_and_counts_whole_products() -> None:
+    from harness.run.gemm import WINDOW_SECONDS, repeat
+
+    moments = iter(step * 0.4 * WINDOW_SECONDS for step in range(9))
+    assert repeat(lambda: None, lambda: next(moments)) == pytest.approx((3, 3 * 0.4 * WINDOW_SECONDS))
+    moments = iter([0.0, 2.0])  # a product that outlasts the window
+    assert repeat(lambda: None, lambda: next(moments)) == (1, 2.0)
