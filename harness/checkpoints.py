@@ -62,7 +62,7 @@ class Meta(BaseModel):
     scheduler_step: int
     """Steps that the learning rate counts."""
     loss_scale: dict[str, float]
-    """State of fp16's loss scaling."""
+    """State of fp16's loss scaling; empty for other precisions."""
     files: dict[str, FileRecord]
     """By name, all but meta.json."""
     config: SavedConfig

@@ -141,6 +141,7 @@ def runs(folder: Path) -> dict[str, Lines]:
         for name, layout in MOVES
     }
     copies = {f"tp={name}": [*common, *options, resume["tp"]] for name, options in COPIES.items()}
+    copies["dp zero=pp"] = [*common, LAYOUTS["pp"], resume["dp zero"]]
     chosen = named | again | moved
     lines = run_ranks(2, "ranks_train", {"runs": list(chosen.items()), "copies": list(copies.items())}, folder)
     return dict(zip(chosen, lines, strict=True))
@@ -170,6 +171,10 @@ def test_same_layout_goes_on_bit_by_bit(runs: dict[str, Lines], folder: Path, or
 @pytest.mark.parametrize("layout", COPIES)
 def test_every_layout_reads_and_writes_the_same(runs: dict[str, Lines], folder: Path, layout: str) -> None:
     assert_same_tensors(folder / f"tp={layout}", folder / "tp", step=3)
+
+
+def test_what_zero_wrote_is_read_without_it(runs: dict[str, Lines], folder: Path) -> None:
+    assert_same_tensors(folder / "dp zero=pp", folder / "dp zero", step=3)
 
 
 @pytest.mark.parametrize(("origin", "layout"), MOVES)

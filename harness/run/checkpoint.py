@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -64,7 +63,7 @@ from harness.record.store import write_json
 from harness.run.build import Training
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""State of DeepSpeed's two kinds of loss scalers."""
+"""State of DeepSpeed's loss scalers, of which a static one has only the first."""
 
 
 def state_kinds(train: Train) -> tuple[str, ...]:
@@ -177,23 +176,16 @@ def held_state(training: Training, tied_copies: bool) -> Iterator[tuple[str, Hel
     Args:
         tied_copies: include weights whose original is on another stage.
     """
-    groups, copies = training.engine.basic_optimizer.param_groups, dict(fp16_copies(training.engine.optimizer))
+    groups = training.engine.basic_optimizer.param_groups
     for name, parameter in training.module.global_parameters():
         if getattr(parameter, "ds_pipe_replicated", False) and not tied_copies:
             continue
         if not hasattr(parameter, "_hp_mapping"):
-            yield name, Held(copies.get(parameter, parameter), 0, 0, parameter.numel())
+            yield name, Held(parameter, 0, 0, parameter.numel())
         elif (mapping := parameter._hp_mapping) is not None:  # flat copies, split over replicas
             (flat,) = groups[mapping.param_group_index]["params"]
             held, own = mapping.lp_fragment_address, mapping.hp_fragment_address
             yield name, Held(flat, own.start, held.start, held.numel)
-
-
-def fp16_copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Parameters and their fp32 copies in DeepSpeed's optimizer for fp16 without ZeRO; nothing in others."""
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        for parameters, copies in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            yield from zip(parameters, copies, strict=True)
 
 
 def state_boxes(training: Training, config: RunConfig, tied_copies: bool) -> Iterator[Box]:
@@ -265,7 +257,7 @@ def _own_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, Fi
 
 def _meta(training: Training, config: RunConfig, step: int, files: dict[str, FileRecord]) -> Meta:
     engine = training.engine
-    scaler = _loss_scaler(engine.optimizer)
+    scaler = engine.optimizer.loss_scaler if config.train.precision == "fp16" else None
     return Meta(
         format=FORMAT,
         step=step,
@@ -275,10 +267,6 @@ def _meta(training: Training, config: RunConfig, step: int, files: dict[str, Fil
         files=files,
         config=SavedConfig(**config.model_dump(mode="json")),
     )
-
-
-def _loss_scaler(optimizer: Any) -> Any:
-    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
 def _sync(directory: Path) -> None:
@@ -319,16 +307,15 @@ def load_checkpoint(checkpoint: Path, training: Training, config: RunConfig, gro
         load({}, storage_reader=reader, planner=planner, process_group=group)
     except CheckpointException as failure:
         raise ConfigError(f"train.resume={str(checkpoint)!r} can't be read: {_cause(failure)}") from failure
-    for parameter, copy in fp16_copies(engine.optimizer):
-        parameter.data.copy_(copy.data)
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
     engine.lr_scheduler.last_epoch = meta.scheduler_step - 1
     engine.lr_scheduler.step()  # sets the learning rate
     for state in filter(None, engine.basic_optimizer.state.values()):
         state["step"].fill_(meta.optimizer_step)
-    for key, value in meta.loss_scale.items():
-        setattr(_loss_scaler(engine.optimizer), key, value)
+    if config.train.precision == "fp16":
+        for key, value in meta.loss_scale.items():
+            setattr(engine.optimizer.loss_scaler, key, value)
     engine.global_steps = meta.step  # dropout draws by it
     return meta.step
 

@@ -4,9 +4,9 @@
 
 Both engines live in the same processes and take turns step by step, on the same layers, data and threads.
 The bare one is `train_batch` with nothing of ours around it; the other is the harness as users run it:
-tracer, metrics, global gradient norm, live line. Compared is the wall time of a step, the slowest rank's,
-as the median of paired ratios: on shared hardware, runs compared with runs differ by more than what is
-measured here.
+tracer at its default level, heartbeat, metrics, global gradient norm, live line. Compared is the wall time of
+a step, the slowest rank's, as the median of paired ratios: on shared hardware, runs compared with runs differ
+by more than what is measured here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def rank_main() -> None:
     from harness.record.store import Attempt
     from harness.run.build import build_training
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.tracer import HostClock, Tracer
+    from harness.run.heartbeat import attach_heartbeat
+    from harness.run.tracer import KIND_OF_INSTRUCTION, HostClock, Tracer
     from harness.run.train import Loop, share_corpus
     from harness.run.worker import initialize_distributed
 
@@ -77,9 +78,10 @@ def rank_main() -> None:
     torch.set_num_threads(config.launch.threads_per_rank)
     samples = CorpusSamples(config, share_corpus(config, rank))
     bare, training = build_bare(config, rank), build_training(config, rank)
-    tracer = Tracer(HostClock())
-    tracer.attach(training.engine)
     attempt = Attempt(Path(sys.argv[1]))
+    tracer = Tracer(HostClock(), nested=config.tracking.trace_level == "collectives")
+    tracer.attach(training.engine)
+    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, attempt.path, rank)
     loop = Loop(attempt, config, rank, training, tracer, torch.device("cpu"))
     bare_data, data = (micro_batches(config, samples, dp_rank=0) for _ in range(2))
 
