@@ -10,6 +10,9 @@ samples, some of whose targets are masked. Compared are
   scale or clip, a step taken twice);
 - the weights and moments after several steps of AdamW under a rising learning rate (betas, which parameters decay).
 
+Dropout is compared too where one tensor-parallel rank holds every head: the reference draws the masks that
+`harness.model.dropout` defines for each replica, step and micro-batch.
+
 A step that fp16's loss scaling skips, because its gradients overflowed, is repeated with the smaller scale; the
 reference takes it once.
 
@@ -34,6 +37,7 @@ from deepspeed.runtime.pipe.schedule import OptimizerStep
 from torch import Tensor
 
 from harness.config import Model, RunConfig
+from harness.model.dropout import RandomStreams
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import load_full, parameter_table, unshard
@@ -150,7 +154,8 @@ class Reference:
         # Rounded as the layout's are, then exact.
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
         single = TensorParallel.single()
-        self.model = build_layers(config.model, single).double()
+        self.streams = RandomStreams(config.train.seed)
+        self.model = build_layers(config.model, single, streams=self.streams).double()
         load_full(
             self.model.named_parameters(),
             parameter_table(config.model),
@@ -171,15 +176,26 @@ class Reference:
         first, second = train.adam_betas
         return torch.optim.AdamW(groups, betas=(first, second), eps=train.adam_epsilon, foreach=False)
 
-    def step(self, step: int) -> tuple[float, Tensors, float]:
-        """One optimizer step: loss, gradients and their norm, both before clipping."""
+    def step(self, step: int, draws_as: int) -> tuple[float, Tensors, float]:
+        """One optimizer step: loss, gradients and their norm, both before clipping.
+
+        Args:
+            draws_as: the step by which dropout draws.
+        """
         samples, train = MaskedSamples(self.config), self.config.train
         valid, loss = samples.num_valid_tokens(step), 0.0
         self.optimizer.zero_grad()
-        for number in range(train.global_batch_size):
-            tokens = torch.from_numpy(samples.sample(step, number))[None]
+        # Samples are dealt out in micro-batches, in turns to the replicas; only dropout cares which is where.
+        for index, first in enumerate(range(0, train.global_batch_size, train.micro_batch_size)):
+            micro_batch, self.streams.dp_rank = divmod(index, self.config.parallel.dp)
+            self.streams.forward_pass = (draws_as, micro_batch)
+            numbers = range(first, first + train.micro_batch_size)
+            tokens = torch.from_numpy(np.stack([samples.sample(step, number) for number in numbers]))
             logits = self.model(tokens[:, :-1].clamp(min=0))[..., : self.config.model.vocab_size]
-            part = F.cross_entropy(logits[0], tokens[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum") / valid
+            losses = F.cross_entropy(
+                logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            part = losses / valid
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -342,7 +358,9 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
         loss, local_gradients, norm = layout.step(step)
         gradients = layout.gather(local_gradients)
         if reference is not None and gradients is not None:
-            expected_loss, expected_gradients, expected_norm = reference.step(step)
+            expected_loss, expected_gradients, expected_norm = reference.step(
+                step, draws_as=layout.training.engine.global_steps - 1
+            )
             if step == 0:
                 results.append(compare_number(f"{label}: loss", loss, expected_loss, tolerance))
                 results.append(compare(f"{label}: gradient", gradients, expected_gradients, tolerance))
