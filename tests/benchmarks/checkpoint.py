@@ -33,6 +33,7 @@ LAYOUTS = (
 
 def main() -> None:
     """Start the ranks of each layout and print the table."""
+    from benchmarks.circumstances import print_circumstances
     from distributed import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--folder", help="on the disk to measure; default: the temporary folder")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    print_circumstances()
     print(f"{'ranks':<6}{'layout':<74}{'GB':>5}{'torch.save s':>14}{'save s':>8}{'ratio':>7}{'load s':>8}")
     for number, layout in LAYOUTS:
         case = {"overrides": ["model=gpt2_small", *layout.split(), *arguments.overrides], "repeats": arguments.repeats}

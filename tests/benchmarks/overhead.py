@@ -30,12 +30,14 @@ LAYOUTS = ("parallel.pp=1", "parallel.pp=2")
 
 def main() -> None:
     """Start the ranks of each layout and print the table."""
+    from benchmarks.circumstances import print_circumstances
     from distributed import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    print_circumstances()
     print(f"{'layout':<16}{'bare tokens/s':>14}{'harness':>10}{'ratio of tokens/s':>19}{'95 % interval':>18}")
     for number, layout in enumerate(LAYOUTS, start=1):
         case = {"overrides": [*arguments.overrides, layout], "pairs": arguments.pairs}

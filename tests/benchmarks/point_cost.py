@@ -23,7 +23,9 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from benchmarks.circumstances import print_circumstances  # noqa: E402
 
 from harness.record.store import Attempt, SweepDirectory  # noqa: E402
 
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    print_circumstances()
     with tempfile.TemporaryDirectory() as folder:
         parts = measure(Path(folder), arguments.points, arguments.overrides)
     medians = [statistics.median(column) for column in zip(*parts, strict=True)]

@@ -22,11 +22,13 @@ TP_SIZES = (1, 2, 4)
 
 def main() -> None:
     """Start the ranks of each size and print the table."""
+    from benchmarks.circumstances import print_circumstances
     from distributed import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", default=["model=gpt2_small"])
     overrides = parser.parse_args().overrides
+    print_circumstances()
     print(f"{'tp':>2}{'whole':>10}{'counted':>10}{'sliced':>10}{'counted':>10}{'sliced / whole':>16}   bytes per token")
     for tp in TP_SIZES:
         with tempfile.TemporaryDirectory() as folder:

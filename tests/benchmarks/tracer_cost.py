@@ -27,6 +27,7 @@ RANKS, STEPS = 8, 50
 
 def main() -> None:
     """Start the ranks of each layout and level, and print the table."""
+    from benchmarks.circumstances import print_circumstances
     from benchmarks.overhead import median_interval
     from distributed import run_ranks
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    print_circumstances()
     print("| layout | level | spans of a step | us per span | counted | paired | 95 % interval | 50 steps, 8 ranks |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for layout in LAYOUTS:
