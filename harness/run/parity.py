@@ -34,6 +34,7 @@ from harness.config import Model, RunConfig
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import load_full, parameter_table, unshard
+from harness.record.heartbeat import Phase, no_phase
 from harness.run.build import before, build_training
 from harness.run.data import IGNORE_INDEX, micro_batches
 from harness.run.deepspeed_config import clips_by_itself
@@ -253,10 +254,13 @@ def compare_number(kind: str, measured: float, expected: float, tolerance: float
     return Comparison(kind, f"{measured:.9g}, expected {expected:.9g}", abs(measured / expected - 1), tolerance)
 
 
-def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
+def check_parity(config: RunConfig, rank: int, phase: Phase = no_phase) -> list[Comparison]:
     """Compare the layout of `config` with one rank; a collective call, the answer is rank 0's.
 
     The model should be small (`harness.plan.twin`); every rank holds its full weights.
+
+    Args:
+        phase: told what is done next.
     """
     weights = random_weights(config.model, config.train.seed)
     variants: dict[str, tuple[dict[str, Any], int]] = {
@@ -268,7 +272,7 @@ def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
     for label, (changes, steps) in variants.items():
         changes = {"learning_rate_warmup_steps": 0, "learning_rate": 0.1 if "SGD" in label else 1e-3, **changes}
         variant = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-        results += _check_variant(label, variant, weights, steps, rank)
+        results += _check_variant(label, variant, weights, steps, rank, phase)
         # Engines are full of cycles, and gloo's threads and connections end with the last reference.
         while gc.collect():
             pass
@@ -276,12 +280,16 @@ def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
     return results
 
 
-def _check_variant(label: str, config: RunConfig, weights: Tensors, steps: int, rank: int) -> list[Comparison]:
+def _check_variant(
+    label: str, config: RunConfig, weights: Tensors, steps: int, rank: int, phase: Phase
+) -> list[Comparison]:
     """Some steps of one optimizer setting."""
+    phase(f"building the layout for {label}")
     layout = Layout(config, weights, rank)
     reference = Reference(config, weights) if rank == 0 else None
     tolerance, results = TOLERANCE[config.train.precision], []
     for step in range(steps):
+        phase(f"step {step + 1} of {label}")
         loss, local_gradients, norm = layout.step(step)
         gradients = layout.gather(local_gradients)
         if reference is not None and gradients is not None:
@@ -291,6 +299,7 @@ def _check_variant(label: str, config: RunConfig, weights: Tensors, steps: int, 
                 results.append(compare(f"{label}: gradient", gradients, expected_gradients, tolerance))
                 results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, tolerance))
     for kind in ("exp_avg", "exp_avg_sq") if config.train.optimizer == "adamw" else ("update",):
+        phase(f"comparing {kind} of {label}")
         measured = layout.gather(layout.state(kind))
         if reference is not None and measured is not None:
             rounding = steps * ROUNDING if kind == "update" else 0.0
