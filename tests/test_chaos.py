@@ -122,7 +122,7 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_each_failure_has_its_name_and_the_others_are_measured(tmp_path: Path) -> None:
-    limits = ["launch.hang_seconds=8.0", "launch.memory_limit_bytes=3000000000", "parallel.pp=2"]
+    limits = ["launch.hang_seconds=15.0", "launch.memory_limit_bytes=3000000000", "parallel.pp=2"]
     grid = "train.seed=1,7001,7002,7003,2"
     sweep = start_sweep(tmp_path, grid, *limits, python_path=str(SABOTAGE))
     assert sweep.wait(300) == 1, (tmp_path / "output.txt").read_text()
@@ -142,6 +142,23 @@ def test_each_failure_has_its_name_and_the_others_are_measured(tmp_path: Path) -
     assert float(table["7001"]["peak_memory_bytes"]) > 2 * float(table["1"]["peak_memory_bytes"])
     attempt = next(p for p in SweepDirectory(tmp_path, "chaos").points() if p.name == table["7002"]["point"])
     assert set((read_json(attempt.attempts()[0].status_file) or {})["ranks_stood"]) == {"0", "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["train.py", "verify.py", "comm_bench.py"])
+def test_a_hang_before_the_work_begins_is_a_hang(tmp_path: Path, launcher: str) -> None:
+    limits = ["launch.hang_seconds=20.0", "launch.timeout_seconds=120.0", "parallel.pp=2", "data=synthetic"]
+    command = [sys.executable, REPOSITORY / "launchers" / launcher, *FIXED, *limits, "train.seed=7005"]
+    environment = os.environ | {"PYTHONPATH": str(SABOTAGE)}
+    done = subprocess.run(
+        [*command, f"results_dir={tmp_path}"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert "hang: no progress for launch.hang_seconds=20; " in done.stderr
+    task = launcher.removesuffix(".py")
+    assert f"rank 1 in importing harness.run.{task}" in done.stderr
+    assert "rank 0 in " in done.stderr
+    assert remaining(tmp_path, 1) == []
 
 
 @pytest.mark.slow

@@ -15,8 +15,11 @@ import pytest
 from helpers import MACHINE, make_config
 
 from harness.launch import process
-from harness.launch.process import Outcome, child_environment, command, run_attempt
+from harness.launch.process import child_environment, command, run_attempt
 from harness.machine import Machine
+from harness.record import diagnose
+from harness.record.diagnose import Outcome, Remains, judge, read_remains
+from harness.record.heartbeat import DONE, Heart
 from harness.record.store import Attempt, SweepDirectory, write_json
 
 RANK = """
@@ -46,13 +49,25 @@ elif kind == "crash":
     time.sleep(0.1)
     fail(1, "ValueError", "the cause\\nand more")
 elif kind == "stuck":
-    import struct
-    (attempt / "heartbeat").mkdir(exist_ok=True)
-    for count in range(1, 20):  # a while of progress
-        record = struct.pack("<qqqq32s", count, 3, rank, 0, b"backward" if rank else b"recv_gradient")
-        (attempt / "heartbeat" / f"rank{rank:05d}").write_bytes(record)
+    from harness.record.heartbeat import Heart
+    heart = Heart(attempt, rank)
+    for _ in range(20):  # a while of progress
+        heart.mark(3, rank, 0, b"backward" if rank else b"recv_gradient")
         time.sleep(0.1)
     time.sleep(600)
+elif kind == "stuck early":
+    from harness.record.heartbeat import Heart
+    if rank == 0:
+        Heart(attempt, rank).phase("joining the other ranks")
+    time.sleep(600)
+elif kind == "lost":
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # deepspeed waits half a minute for such a rank
+    try:
+        fail(0, "RuntimeError", "Connection closed by peer [127.0.0.1]:1234")
+    except SystemExit:
+        time.sleep(600)
 elif kind in ("hang", "stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if kind == "stubborn" and os.fork() == 0:
@@ -135,6 +150,33 @@ def test_ranks_that_make_no_progress_are_given_up(attempt: Attempt) -> None:
     )
     assert attempt.status()["ranks_stood"] == {part[5]: part[7:] for part in stood.split("; ")}
     assert "rank 0 is here" in attempt.status()["log_end"]
+
+
+def test_a_hang_before_the_first_instruction_is_given_up(attempt: Attempt) -> None:
+    assert run(attempt, "stuck early", "launch.hang_seconds=2.0", "launch.timeout_seconds=30.0") == Outcome(
+        "hang", "no progress for launch.hang_seconds=2; rank 0 in joining the other ranks; rank 1 yet to begin"
+    )
+
+
+def test_a_lost_peer_is_not_the_reason_while_deepspeed_has_not_ended(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([0, 1])
+    monkeypatch.setattr(process, "count_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(process, "ERROR_SECONDS", 1.0)
+    assert run(attempt, "lost") == Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")
+
+
+def test_of_several_ranks_that_are_gone_the_first_counts(attempt: Attempt) -> None:
+    watch = process._Watch(attempt, world_size=3)
+    for rank in range(3):
+        Heart(attempt.path, rank)
+    assert watch.remains().gone == []
+    pretend_to_be_gone(attempt, 1)
+    assert watch.remains().gone == [1]
+    pretend_to_be_gone(attempt, 2)  # ended by deepspeed, as it ends what is left
+    remains = watch.remains()
+    assert (remains.gone, remains.silent) == ([1], [0, 1, 2])
 
 
 def test_a_killed_guard_leaves_nothing_and_is_no_success(attempt: Attempt) -> None:
@@ -279,38 +321,117 @@ def test_a_taken_port_is_tried_once_more(attempt: Attempt, monkeypatch: pytest.M
     assert len(starts) == 3
 
 
+def pretend_to_be_gone(attempt: Attempt, rank: int) -> None:
+    """Put a process that has ended into a rank's heartbeat."""
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    file = attempt.path / "heartbeat" / f"rank{rank:05d}"
+    here, there = f'"pid": {os.getpid()},', f'"pid": {ended.pid},'
+    assert here.encode() in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(here.encode(), there.encode()))
+
+
 def error(rank: int, type: str, message: str, oom: bool = False) -> dict[str, object]:
     return {"rank": rank, "type": type, "message": message, "oom": oom, "time": float(rank)}
 
 
 LOST = error(0, "RuntimeError", "Connection closed by peer [127.0.0.1]:1")
+SAID = "rank 0: RuntimeError: Connection closed by peer [127.0.0.1]:1"
+ALL_LOST = [LOST, error(1, "RuntimeError", "Broken pipe")]
+STOPPED = [error(rank, "_Stopped", "SIGTERM") | {"signal": "SIGTERM"} for rank in (0, 1)]
+KERNEL = "the kernel ran out of memory"
 
 
 @pytest.mark.parametrize(
-    ("errors", "exit_status", "oom_killed", "log", "expected"),
+    ("errors", "gone", "exit_status", "oom_killed", "log", "expected"),
     [
-        ([LOST, error(1, "OutOfMemoryError", "CUDA out of memory", oom=True)], 1, False, "",
+        ([LOST, error(1, "OutOfMemoryError", "CUDA out of memory", oom=True)], [], 1, False, "",
          Outcome("oom", "rank 1: OutOfMemoryError: CUDA out of memory")),
-        ([error(0, "ValueError", "other"), error(1, "MemoryError", "", oom=True)], 1, False, "",
+        ([error(0, "ValueError", "other"), error(1, "MemoryError", "", oom=True)], [], 1, False, "",
          Outcome("oom", "rank 1: MemoryError: ")),
-        ([LOST], 247, True, "", Outcome("oom", "rank 1 was ended by SIGKILL: the kernel ran out of memory")),
-        ([LOST], 245, False, "", Outcome("crashed", "rank 1 was ended by SIGSEGV")),
-        ([], 128 + 15, False, "", Outcome("crashed", "the deepspeed launcher was ended by SIGTERM")),
-        ([], -9, False, "", Outcome("crashed", "the guard was ended by SIGKILL")),
-        ([], 247, False, "", Outcome("crashed", "a rank was ended by SIGKILL")),
-        ([], 1, False, "RuntimeError: DefaultCPUAllocator: can't allocate memory",
+        ([LOST], [], 247, True, "", Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")),
+        ([LOST], [], 245, False, "", Outcome("crashed", "rank 1 was ended by SIGSEGV")),
+        ([], [], 128 + 15, False, "", Outcome("crashed", "the deepspeed launcher was ended by SIGTERM")),
+        ([], [], -9, False, "", Outcome("crashed", "the guard was ended by SIGKILL")),
+        ([], [], 247, False, "", Outcome("crashed", "a rank was ended by SIGKILL")),
+        ([], [1], 247, True, "", Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")),
+        ([], [], 1, False, "RuntimeError: DefaultCPUAllocator: can't allocate memory",
          Outcome("oom", "RuntimeError: DefaultCPUAllocator: can't allocate memory")),
-        ([LOST], 1, False, "", Outcome("crashed", "rank 0: RuntimeError: Connection closed by peer [127.0.0.1]:1")),
-        ([], 1, False, "a\nRuntimeError: b\n[2026-01-01 00:00:00,0] [ERROR] [launch.py] c\n\n",
+        # deepspeed saw the end of the one that lost its peer first, or none yet
+        ([LOST], [], 1, False, "", Outcome("crashed", f"rank 1 ended without a word; {SAID}")),
+        ([LOST], [], None, True, "", Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")),
+        ([LOST], [1], 1, True, "", Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")),
+        (ALL_LOST, [], None, True, "",
+         Outcome("crashed", f"the ranks lost each other, and none reports another cause; {SAID}")),
+        # runs that the user's own deepspeed started
+        (STOPPED, [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
+        (STOPPED[:1], [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
+        (STOPPED[:1], [1], None, False, "",
+         Outcome("crashed", "rank 1 ended without a word; deepspeed ended the others by SIGTERM")),
+        ([STOPPED[0], error(1, "ValueError", "after that")], [], None, False, "",
+         Outcome("interrupted", "stopped by SIGTERM before it finished")),
+        ([error(0, "ValueError", "before that"), STOPPED[1]], [], None, False, "",
+         Outcome("crashed", "rank 0: ValueError: before that")),
+        ([], [], 1, False, "a\nRuntimeError: b\n[2026-01-01 00:00:00,0] [ERROR] [launch.py] c\n\n",
          Outcome("crashed", "RuntimeError: b")),
-        ([], 3, False, "", Outcome("crashed", "deepspeed ended with exit status 3 and without a result")),
+        ([], [], 3, False, "", Outcome("crashed", "deepspeed ended with exit status 3 and without a result")),
     ],
 )  # fmt: skip
 def test_diagnosis(
-    errors: list[dict[str, object]], exit_status: int, oom_killed: bool, log: str, expected: Outcome, tmp_path: Path
+    errors: list[dict[str, object]],
+    gone: list[int],
+    exit_status: int | None,
+    oom_killed: bool,
+    log: str,
+    expected: Outcome,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "log.txt").write_text(log)
-    assert process._diagnose(errors, exit_status, oom_killed, tmp_path / "log.txt", 2) == expected
+    silent = sorted({0, 1} - {error["rank"] for error in errors})
+    remains = Remains(errors, silent, gone, absent=[])
+    assert judge(Attempt(tmp_path), remains, exit_status=exit_status, oom_killed=oom_killed) == expected
+
+
+def test_a_result_outweighs_how_the_processes_ended(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"row": {}})
+    assert judge(Attempt(tmp_path), Remains([LOST], [1], [1], []), exit_status=247) == Outcome("ok")
+
+
+def test_ranks_that_never_began_are_named(tmp_path: Path) -> None:
+    outcome = judge(Attempt(tmp_path), Remains(STOPPED[:1], [1], [], absent=[1]))
+    assert outcome == Outcome("crashed", "rank 1 failed to begin; log.txt or the terminal says why")
+
+
+def test_what_ranks_left_is_read_from_their_files(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path)
+    for rank in range(6):
+        Heart(tmp_path, rank)
+    Heart(tmp_path, 5).phase(DONE)
+    for rank in (2, 3, 5):
+        pretend_to_be_gone(attempt, rank)
+    (tmp_path / "errors").mkdir()
+    for later_first in (error(3, "ValueError", "b"), error(0, "ValueError", "a")):
+        write_json(attempt.error_file(int(str(later_first["rank"]))), later_first)
+    (tmp_path / "errors" / "rank00001.json").write_text("{")  # cut off: as good as nothing
+    (tmp_path / "heartbeat" / "rank00004").write_bytes(bytes(64))  # of another format
+    remains = read_remains(attempt, 7)
+    assert [error["message"] for error in remains.errors] == ["a", "b"]
+    assert (remains.silent, remains.gone, remains.absent) == ([1, 2, 4, 6], [2], [4, 6])
+
+
+def test_out_of_memory_of_other_jobs_does_not_count(tmp_path: Path) -> None:
+    def group(line: str) -> list[str]:
+        (tmp_path / "own").write_text(line + "\n")
+        return [str(f.relative_to(tmp_path)) for f in diagnose._control_group_files(tmp_path, tmp_path / "own")]
+
+    assert group("0::/job/step") == ["job/step/memory.events"]
+    assert group("4:memory:/job") == ["memory/job/memory.oom_control"]
+    assert group("9:cpuset,memory:/\n0::/") == ["memory/memory.oom_control", "memory.events"]
+    assert group("1:cpu:/") == []
+    assert diagnose._control_group_files(tmp_path, tmp_path / "none") == []
+    (tmp_path / "memory.events").write_text("low 0\noom 9\noom_kill 2\noom_group_kill 7\n")
+    assert diagnose.count_oom_kills([tmp_path / "none", tmp_path / "memory.events"]) == 2
+    assert diagnose.count_oom_kills([tmp_path / "none"]) == 0
 
 
 def test_gpus_are_started_by_number(attempt: Attempt) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from harness.config import RunConfig, identity
 from harness.errors import ConfigError
-from harness.launch.train import exit_status, run_single
+from harness.launch.train import run_single
 from harness.machine import Machine
+from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, write_atomically
 
 BENCHED = "comm_bench"

@@ -10,6 +10,7 @@ guard itself be killed, its processes are found by a variable in their environme
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import re
@@ -21,17 +22,25 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from harness.config import REPOSITORY, RunConfig
 from harness.machine import Machine, process_started
+from harness.record.diagnose import (
+    DEEPSPEED_LINE,
+    Outcome,
+    Remains,
+    count_oom_kills,
+    judge,
+    read_end,
+    read_remains,
+    record,
+)
 from harness.record.heartbeat import FOLDER as HEARTBEATS
 from harness.record.heartbeat import Heartbeat, describe, read_heartbeats
-from harness.record.store import OUT_OF_MEMORY, Attempt, Status, environment, read_json
+from harness.record.store import Attempt, environment
 
 WORKER = "harness.run.worker"
 """Module that a rank runs."""
@@ -55,24 +64,7 @@ INHERITED = re.compile(
     r"(RANK|WORLD_SIZE|CUDA_VISIBLE_DEVICES|(LOCAL|MASTER|CROSS|GROUP|ROLE|TORCHELASTIC|OMPI|PMI)_\w+)$"
 )
 
-# A rank that lost another: never the cause.
-LOST_PEER = re.compile(
-    r"closed by (remote )?peer|connection (reset|refused|closed|was closed)|broken pipe|socket closed|remote process"
-    r"|timed out waiting|failed to connect|wait timeout|heartbeat|unhandled system error",
-    re.IGNORECASE,
-)
 PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
-DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[\w+\] ")
-ERROR_LINE = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended."""
-
-    status: Status
-    reason: str | None = None
-    """One sentence, for every status but ok."""
 
 
 def run_attempt(
@@ -104,7 +96,7 @@ def run_attempt(
         if config.launch.master_port is None and outcome.status == "crashed" and _port_was_taken(attempt):
             shutil.rmtree(attempt.error_file(0).parent, ignore_errors=True)
             outcome = _run_once(attempt, config, machine, echo, signals, task)
-    attempt.write_status(outcome.status, outcome.reason, **_evidence(attempt, outcome))
+    record(attempt, outcome)
     return outcome
 
 
@@ -200,7 +192,7 @@ def _run_once(
     attempt: Attempt, config: RunConfig, machine: Machine, echo: bool, received: Sequence[int], task: str
 ) -> Outcome:
     shutil.rmtree(attempt.path / HEARTBEATS, ignore_errors=True)
-    oom_kills = _oom_kills()
+    oom_kills = count_oom_kills()
     cores = ",".join(map(str, machine.visible_devices)) if machine.device_kind == "cpu" else ""
     limits = [str(GRACE_SECONDS), str(config.launch.memory_limit_bytes or ""), cores]
     with reserve_port(config.launch.master_port) as port:
@@ -216,18 +208,16 @@ def _run_once(
             )
         try:
             attempt.write_status("running", guard={"pid": guard.pid, "started": process_started(guard.pid)})
-            ended_by_us = _follow(attempt, guard, config, received, tail)
-            status = guard.poll()
-            errors = _errors(attempt)  # before the rest dies and complains
+            watch = _Watch(attempt, config.parallel.world_size)
+            ended_by_us = _follow(attempt, guard, config, received, tail, watch)
+            exit_status, remains = guard.poll(), watch.remains()  # before the rest dies and complains
         finally:
             _end(guard, attempt, received)
             if tail:
                 tail.print_new()
-    if attempt.result() is not None:
-        return Outcome("ok")
-    if ended_by_us is not None:
+    if ended_by_us is not None and attempt.result() is None:
         return ended_by_us
-    return _diagnose(errors, status, _oom_kills() > oom_kills, attempt.log_file, config.parallel.world_size)
+    return judge(attempt, remains, exit_status=exit_status, oom_killed=count_oom_kills() > oom_kills)
 
 
 def _end(guard: subprocess.Popen[bytes], attempt: Attempt, received: Sequence[int]) -> None:
@@ -253,9 +243,10 @@ def _follow(
     config: RunConfig,
     received: Sequence[int],
     tail: _Tail | None,
+    watch: _Watch,
 ) -> Outcome | None:
     """Wait for the end; the outcome where it is not the ranks' own doing."""
-    limits, progress = config.launch, _Progress(attempt)
+    limits = config.launch
     deadline, failed = time.monotonic() + limits.timeout_seconds, False
     while guard.poll() is None:
         if received:
@@ -267,31 +258,41 @@ def _follow(
             return None
         if not failed and any(attempt.error_file(0).parent.glob("*.json")):
             failed, deadline = True, min(deadline, time.monotonic() + ERROR_SECONDS)
+            watch.remains()  # whoever is gone now was not ended by deepspeed
         if time.monotonic() > deadline:
             return None if failed else Outcome("timeout", _timeout_reason(attempt, limits.timeout_seconds))
-        if not failed and progress.idle_seconds() > limits.hang_seconds:
-            stood = describe(progress.heartbeats)
+        if not failed and watch.idle_seconds() > limits.hang_seconds:
+            stood = describe(watch.heartbeats, config.parallel.world_size)
             return Outcome("hang", f"no progress for launch.hang_seconds={limits.hang_seconds:g}; {stood}"[:1000])
         time.sleep(POLL_SECONDS)
     return None
 
 
-class _Progress:
-    """Watches the heartbeats of an attempt's ranks."""
+class _Watch:
+    """Watches the ranks of an attempt through what they write."""
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._folder = attempt.path
+    def __init__(self, attempt: Attempt, world_size: int) -> None:
+        self._attempt, self._world_size = attempt, world_size
         self._looked = self._changed = time.monotonic()
+        self._gone_first: list[int] = []
         self.heartbeats: list[Heartbeat] = []
 
     def idle_seconds(self) -> float:
-        """Time since a rank last began or ended an instruction; 0 before any did."""
+        """Time since a rank last began or ended something; 0 before the first begins."""
         now = time.monotonic()
         if now - self._looked > 0.5:
-            self._looked, found = now, read_heartbeats(self._folder)
+            self._looked, found = now, read_heartbeats(self._attempt.path)
             if found != self.heartbeats:
                 self._changed, self.heartbeats = now, found
-        return now - self._changed if any(heartbeat.count for heartbeat in self.heartbeats) else 0.0
+            if any(heartbeat.is_gone() for heartbeat in found):
+                self.remains()
+        return now - self._changed if self.heartbeats else 0.0
+
+    def remains(self) -> Remains:
+        """What the ranks have left by now; of those that are gone in silence the first, as deepspeed ends the rest."""
+        now = read_remains(self._attempt, self._world_size)
+        self._gone_first = [rank for rank in self._gone_first if rank in now.gone] or now.gone
+        return dataclasses.replace(now, gone=self._gone_first)
 
 
 def _wait_for_ranks(guard: int) -> None:
@@ -310,70 +311,6 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _evidence(attempt: Attempt, outcome: Outcome) -> dict[str, Any]:
-    """What status.json keeps of a failure: where each rank stood, and the end of the log."""
-    if outcome.status == "ok":
-        return {}
-    heartbeats = {str(heartbeat.rank): str(heartbeat) for heartbeat in read_heartbeats(attempt.path)}
-    log = _read_end(attempt.log_file).splitlines()[-20:] if attempt.log_file.exists() else []
-    return {"ranks_stood": heartbeats, "log_end": log}
-
-
-def _errors(attempt: Attempt) -> list[dict[str, Any]]:
-    """What ranks reported, earliest first."""
-    found = [read_json(path) for path in attempt.error_file(0).parent.glob("*.json")]
-    return sorted((error for error in found if error), key=lambda error: error.get("time", 0.0))
-
-
-def _diagnose(
-    errors: list[dict[str, Any]], status: int | None, oom_killed: bool, log: Path, world_size: int
-) -> Outcome:
-    """The first real error; without one the deadly signal, the log's last words or the exit status.
-
-    Args:
-        status: exit status of the guard; None when it was still running.
-    """
-    if real := [error for error in errors if not LOST_PEER.search(str(error.get("message")))]:
-        return Outcome("oom" if any(error.get("oom") for error in real) else "crashed", _error_reason(real))
-    # The guard passes the death of deepspeed on as 128 + n, deepspeed that of a rank as 256 - n.
-    number = -status if status and status < 0 else 0
-    if status is not None and status > 128:
-        number = status - 128 if status < 192 else 256 - status
-    if status is not None and number in set(signal.Signals):
-        victim = "the guard" if status < 0 else "the deepspeed launcher" if status < 192 else "a rank"
-        silent = sorted(set(range(world_size)) - {error.get("rank") for error in errors})
-        if victim == "a rank" and errors and len(silent) == 1:
-            victim = f"rank {silent[0]}"
-        reason = f"{victim} was ended by {signal.Signals(number).name}"
-        if number == signal.SIGKILL and oom_killed:
-            return Outcome("oom", f"{reason}: the kernel ran out of memory")
-        return Outcome("crashed", reason)
-    if errors:
-        return Outcome("crashed", _error_reason(errors))
-    words = _last_words(log)
-    if OUT_OF_MEMORY.search(words):
-        return Outcome("oom", words)
-    if ERROR_LINE.match(words):
-        return Outcome("crashed", words)
-    ended = f"deepspeed ended with exit status {status}" if status is not None else "a rank failed"
-    return Outcome("crashed", f"{ended} and without a result{f'; the log ends with {words!r}' if words else ''}")
-
-
-def _error_reason(errors: list[dict[str, Any]]) -> str:
-    error = next((error for error in errors if error.get("oom")), errors[0])
-    message = next((line.strip() for line in str(error.get("message")).splitlines() if line.strip()), "")
-    peak = error.get("peak_memory_bytes") if error.get("oom") else None
-    used = f" (its peak so far: {peak / 2**20:,.0f} MiB)" if isinstance(peak, int) else ""
-    return f"rank {error.get('rank')}: {error.get('type')}: {message}"[:500] + used
-
-
-def _last_words(log: Path) -> str:
-    """The last error line of a log, or else its last line; DeepSpeed's own lines don't count."""
-    lines = [line.strip()[:500] for line in _read_end(log).splitlines()]
-    lines = [line for line in lines if line and not DEEPSPEED_LINE.match(line)]
-    return next(filter(ERROR_LINE.match, reversed(lines)), lines[-1] if lines else "")
-
-
 def _timeout_reason(attempt: Attempt, timeout_seconds: float) -> str:
     lines = attempt.metrics_file.read_text().count("\n") if attempt.metrics_file.exists() else 0
     progress = f"{lines} steps were done" if lines else "no step was done"
@@ -381,22 +318,8 @@ def _timeout_reason(attempt: Attempt, timeout_seconds: float) -> str:
 
 
 def _port_was_taken(attempt: Attempt) -> bool:
-    reports = " ".join(str(error.get("message")) for error in _errors(attempt))
-    return PORT_TAKEN.search(reports + _read_end(attempt.log_file)) is not None
-
-
-def _read_end(path: Path, num_bytes: int = 1 << 16) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - num_bytes))
-        return file.read().decode(errors="replace")
-
-
-def _oom_kills() -> int:
-    """Processes that the kernel has ended for want of memory; 0 where it doesn't tell."""
-    with contextlib.suppress(OSError):
-        if match := re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE):
-            return int(match[1])
-    return 0
+    reports = " ".join(str(error.get("message")) for error in read_remains(attempt, 0).errors)
+    return PORT_TAKEN.search(reports + read_end(attempt.log_file)) is not None
 
 
 class _Tail:

@@ -17,11 +17,12 @@ from harness.config import REPOSITORY, Data, RunConfig, identity, load_config
 from harness.errors import ConfigError
 from harness.launch.compose import compose, plain, run_hydra
 from harness.machine import Machine, detect_machine
+from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, SweepDirectory, environment, write_atomically
 
 if TYPE_CHECKING:
     from harness.corpus import Corpus
-    from harness.launch.process import Outcome
+    from harness.record.diagnose import Outcome
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATHS = ("data.path", "data.tokenizer", "model.path", "results_dir", "train.resume")
@@ -80,14 +81,6 @@ def run_single(
         return 1
     except KeyboardInterrupt:
         return 1
-
-
-def exit_status(attempt: Attempt, outcome: Outcome) -> int:
-    """0 for an outcome that is ok; otherwise 1, and the user is told."""
-    if outcome.status == "ok":
-        return 0
-    print(f"{outcome.status}: {outcome.reason}\nlog: {attempt.log_file}", file=sys.stderr)
-    return 1
 
 
 def in_rank() -> bool:

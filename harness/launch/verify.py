@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.config import RunConfig, identity
-from harness.launch.train import exit_status, run_single
+from harness.launch.train import run_single
 from harness.machine import Machine
 from harness.plan.twin import twin_of
+from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, Point, SweepDirectory, write_atomically, write_json
 
 if TYPE_CHECKING:

@@ -275,7 +275,7 @@ class Attempt:
         content = read_json(self.status_file)
         if content is None or "status" not in content:
             return {"status": "interrupted", "reason": f"{self.status_file.name} is missing or damaged"}
-        if content["status"] in ("pending", "running") and not _alive(content):
+        if content["status"] in ("pending", "running") and not is_alive(content):
             return content | {"status": "interrupted", "reason": "the process that ran it is gone"}
         if content["status"] == "ok" and self.result() is None:
             return content | {"status": "crashed", "reason": f"{self.result_file.name} is missing or damaged"}
@@ -295,13 +295,13 @@ def this_process() -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid(), "pid_started": process_started(os.getpid())}
 
 
-def _alive(status: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a status still runs; assumed so on another host."""
-    if status.get("host", platform.node()) != platform.node():
+def is_alive(process: Mapping[str, Any]) -> bool:
+    """Whether a process, given as by `this_process`, still runs; assumed so on another host."""
+    if process.get("host", platform.node()) != platform.node():
         return True
-    pid = status.get("pid")
+    pid = process.get("pid")
     started = process_started(pid) if isinstance(pid, int) else None
-    return started is not None and status.get("pid_started") in (None, started)
+    return started is not None and process.get("pid_started") in (None, started)
 
 
 @dataclass(frozen=True)

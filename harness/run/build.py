@@ -32,6 +32,7 @@ from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
 from harness.model.weights import initialize, load_full, parameter_table
 from harness.plan.partition import layers_per_stage
+from harness.record.heartbeat import Phase, no_phase
 from harness.run.clipping import global_gradient_norm, scale_gradients
 from harness.run.deepspeed_config import build_deepspeed_config, clips_by_itself
 from harness.run.optimizer import build_learning_rate, build_optimizer
@@ -110,14 +111,21 @@ class Training:
             dist.destroy_process_group(group)
 
 
-def build_training(config: RunConfig, rank: int, weights: Callable[[str], torch.Tensor] | None = None) -> Training:
+def build_training(
+    config: RunConfig,
+    rank: int,
+    weights: Callable[[str], torch.Tensor] | None = None,
+    phase: Phase = no_phase,
+) -> Training:
     """Build this rank's part of the model and its engine; a collective call of all ranks.
 
     The process group must exist and have `config.parallel.world_size` ranks.
 
     Args:
         weights: full parameter by global name; None draws fresh ones.
+        phase: told what is done next, parameter by parameter.
     """
+    phase("building the model")
     parallel = config.parallel
     topology = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
     tp = build_tensor_parallel(
@@ -138,9 +146,10 @@ def build_training(config: RunConfig, rank: int, weights: Callable[[str], torch.
         if isinstance(config.model, EmulatedModel):
             set_stage(module, config.model, topology.coordinate(rank).pp)
         if weights is None:
-            initialize(module.global_parameters(), config.model, tp, config.train.seed)
+            initialize(_filling(module, phase), config.model, tp, config.train.seed)
         else:
-            load_full(module.global_parameters(), parameter_table(config.model), weights, tp)
+            load_full(_filling(module, phase), parameter_table(config.model), weights, tp)
+        phase("building the engine")
         optimizer = build_optimizer(config.train, module.parameters())
         engine, _, _, _ = deepspeed.initialize(
             model=module,
@@ -156,6 +165,13 @@ def build_training(config: RunConfig, rank: int, weights: Callable[[str], torch.
     if not clips_by_itself(config):
         _clip_before_optimizer(training, config.train.gradient_clipping)
     return training
+
+
+def _filling(module: StagedPipeline, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters, each announced: to draw all weights of a large model takes minutes."""
+    for name, parameter in module.global_parameters():
+        phase(f"filling {name}")
+        yield name, parameter
 
 
 def before(engine: PipelineEngine, instruction: type, act: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from harness.communication import OPERATIONS, Measurement, Operation, communicat
 from harness.config import RunConfig
 from harness.machine import detect_machine
 from harness.model.groups import create_groups
+from harness.record.heartbeat import Heart, Phase
 from harness.record.report import number
 from harness.record.store import Attempt, write_json
 from harness.run.gemm import DTYPES, synchronize
@@ -38,14 +39,16 @@ def comm_bench(attempt: Attempt, config: RunConfig, rank: int) -> None:
     device = set_up_device(config, machine)
     parallel = config.parallel
     topology = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
+    phase = Heart(attempt.path, rank).phase
     measurements = []
     for axis, operations in OPERATIONS.items():
         members = topology.groups(axis)
         if len(members[0]) > 1:
             group = create_groups(members, rank)
             for operation in operations:
-                sizes, seconds = _measure(operation, group, config, device)
+                sizes, seconds = _measure(axis, operation, group, config, device, phase)
                 measurements.append(Measurement(axis, group.size(), operation, sizes, seconds))
+    phase("writing the result")
     if rank != 0:
         return
     result = {
@@ -72,7 +75,7 @@ def _described(measurement: Measurement) -> dict[str, Any]:
 
 
 def _measure(
-    operation: Operation, group: ProcessGroup, config: RunConfig, device: torch.device
+    axis: str, operation: Operation, group: ProcessGroup, config: RunConfig, device: torch.device, phase: Phase
 ) -> tuple[list[int], list[float]]:
     """Sizes in bytes and seconds of an operation in this rank's group, while the other groups do the same."""
     dtype, bench = DTYPES[config.train.precision], config.comm_bench
@@ -85,9 +88,11 @@ def _measure(
             for ranks in (1, group.size())
         )
         operate = _build_operation(operation, group, whole, part)
-        for _ in range(1 if seconds else FIRST_SAMPLES):
-            _sample(operate, device)
-        samples = torch.tensor([_sample(operate, device) for _ in range(bench.repeats)], device=device)
+        own, unmeasured = [], 1 if seconds else FIRST_SAMPLES
+        for _ in range(unmeasured + bench.repeats):
+            phase(f"{operation} of {size} bytes along {axis}")
+            own.append(_sample(operate, device))
+        samples = torch.tensor(own[unmeasured:], device=device)
         dist.all_reduce(samples, op=dist.ReduceOp.MAX)  # in training the slowest group holds up all
         seconds.append(median(samples.tolist()))
     return sizes, seconds

@@ -41,6 +41,7 @@ from harness.model.dropout import RandomStreams
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import load_full, parameter_table, unshard
+from harness.record.heartbeat import Phase, no_phase
 from harness.run.build import before, build_training
 from harness.run.data import IGNORE_INDEX, MicroBatch, micro_batches
 from harness.run.deepspeed_config import clips_by_itself
@@ -331,16 +332,19 @@ def compare_number(kind: str, measured: float, expected: float, tolerance: float
     return Comparison(kind, f"{measured:.9g}, expected {expected:.9g}", abs(measured / expected - 1), tolerance)
 
 
-def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
+def check_parity(config: RunConfig, rank: int, phase: Phase = no_phase) -> list[Comparison]:
     """Compare the layout of `config` with one rank; a collective call, the answer is rank 0's.
 
     The model should be small (`harness.plan.twin`); every rank holds its full weights.
+
+    Args:
+        phase: told what is done next.
     """
     weights = random_weights(config.model, config.train.seed)
     results = []
     for variant in VARIANTS:
         varied = config.model_copy(update={"train": config.train.model_copy(update=variant.train)})
-        results += _check_variant(variant, varied, weights, rank)
+        results += _check_variant(variant, varied, weights, rank, phase)
         # Engines are full of cycles, and gloo's threads and connections end with the last reference.
         while gc.collect():
             pass
@@ -348,13 +352,15 @@ def check_parity(config: RunConfig, rank: int) -> list[Comparison]:
     return results
 
 
-def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: int) -> list[Comparison]:
+def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: int, phase: Phase) -> list[Comparison]:
     """Some steps of one optimizer setting."""
     label, num_steps = variant.label, len(variant.learning_rates)
+    phase(f"building the layout for {label}")
     layout = Layout(config, weights, rank)
     reference = Reference(config, weights, variant.learning_rates) if rank == 0 else None
     tolerance, results = TOLERANCE[config.train.precision], []
     for step in range(num_steps):
+        phase(f"step {step + 1} of {label}")
         loss, local_gradients, norm = layout.step(step)
         gradients = layout.gather(local_gradients)
         if reference is not None and gradients is not None:
@@ -366,6 +372,7 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
                 results.append(compare(f"{label}: gradient", gradients, expected_gradients, tolerance))
                 results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, tolerance))
     for state in variant.compared:
+        phase(f"comparing {state} of {label}")
         measured = layout.gather(layout.state(state))
         if reference is not None and measured is not None:
             rounding = num_steps * ROUNDING if state == "update" else 0.0

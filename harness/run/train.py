@@ -24,6 +24,7 @@ from harness.counts import stage_counts, training_flops_per_token
 from harness.machine import Machine, detect_machine
 from harness.plan.hardware import peak_flops_per_second
 from harness.plan.memory import memory_beside_measured
+from harness.record.heartbeat import Heart
 from harness.record.metrics import (
     StepRecord,
     computes,
@@ -53,14 +54,17 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     """Train as configured and write metrics.jsonl, spans/ and, when every rank is done, result.json."""
     machine = detect_machine()
     device = set_up_device(config, machine)
-    training = build_training(config, rank)
+    heart = Heart(attempt.path, rank)
+    training = build_training(config, rank, phase=heart.phase)
     if rank == 0:
         write_json(attempt.ds_config_file, training.settings)
+    heart.phase("reading the data")
     corpus = share_corpus(config, rank)
     tracer = Tracer(build_clock(machine.device_kind), nested=config.tracking.trace_level == "collectives")
     tracer.attach(training.engine)
-    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, attempt.path, rank)
+    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, heart, machine.device_kind)
     loop = Loop(attempt, config, rank, training, tracer, device, Evaluation(config, corpus, training, rank))
+    heart.phase("reading the checkpoint" if config.train.resume else "beginning to train")
     done = load_checkpoint(Path(config.train.resume), training, config, loop.group) if config.train.resume else 0
     if rank == 0 and done:
         print(f"goes on after step {done}, from {config.train.resume}", flush=True)
@@ -68,9 +72,13 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     for step in range(done + 1, config.train.steps + 1):
         loop.step(step, data)
         if is_due(config.train.checkpoint_interval, step, config):
+            heart.phase("writing a checkpoint")
             save_checkpoint(attempt.path / FOLDER, training, config, step, loop.group)
+    heart.phase("closing its files")
     loop.close()
+    heart.phase("measuring matrix products")
     gemm = gemm_flops_per_second(config, machine, device, model_flops_per_second(config, loop.records))
+    heart.phase("writing the result")
     dist.barrier()  # the result stands for all ranks
     if rank == 0:
         write_result(attempt, config, machine, training, loop.records, loop.peak_bytes, gemm)

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.config import RunConfig
 from harness.plan.twin import reductions, twin_of
+from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
 from harness.run.parity import Comparison, check_parity, worst_error
 
@@ -14,7 +15,9 @@ from harness.run.parity import Comparison, check_parity, worst_error
 def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:
     """Compare the small twin of the configured model with one rank, and write what came of it to result.json."""
     twin = twin_of(config)
-    comparisons = check_parity(twin, rank)
+    phase = Heart(attempt.path, rank).phase
+    comparisons = check_parity(twin, rank, phase)
+    phase("writing the result")
     if rank != 0:
         return
     passed = all(comparison.passed for comparison in comparisons)

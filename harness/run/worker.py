@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from harness.errors import ConfigError
 from harness.machine import detect_machine
+from harness.record.heartbeat import DONE, Heart
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
 
 TASKS = {"train": "harness.run.train", "verify": "harness.run.verify", "comm_bench": "harness.run.comm_bench"}
@@ -86,9 +87,13 @@ def _run_and_report(attempt: Attempt, task: str = "train") -> int:
     """Exit status of the rank; a failure is written to errors/ for whoever judges the run."""
     rank = int(os.environ["RANK"])
     try:
+        heart = Heart(attempt.path, rank)
+        heart.phase("joining the other ranks")
         initialize_distributed()
+        heart.phase(f"importing {TASKS[task]}")
         run = getattr(importlib.import_module(TASKS[task]), task)
         run(attempt, attempt.config(), rank)
+        heart.phase(DONE)
     except BaseException as error:
         attempt.error_file(rank).parent.mkdir(exist_ok=True)
         write_json(attempt.error_file(rank), describe_error(rank, error))

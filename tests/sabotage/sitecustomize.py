@@ -1,17 +1,18 @@
-"""Found by ranks through PYTHONPATH: the seed of a run says how its rank 1 fails in the forward pass of step 3."""
+"""Found by ranks through PYTHONPATH: the seed of a run says how its rank 1 fails, and when."""
 
 from __future__ import annotations
 
 import importlib.abc
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-MEMORY, HANG, CRASH = 7001, 7002, 7003
-"""Values of train.seed."""
+MEMORY, HANG, CRASH, KILLED, HANG_EARLY = 7001, 7002, 7003, 7004, 7005
+"""Values of train.seed: in the forward pass of step 3, but the last while it imports its task."""
 
 
 def misbehave(seed: int) -> None:
@@ -21,27 +22,38 @@ def misbehave(seed: int) -> None:
         hoard = []
         while True:
             hoard.append(torch.ones(2**25))
-    if seed == HANG:
+    if seed in (HANG, HANG_EARLY):
         time.sleep(3600)
     if seed == CRASH:
+        os.write(2, b"rank 1 says so below Python\n")
         raise ValueError("broken on purpose")
+    if seed == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read_seed() -> int:
+    """From the attempt's folder, or from the overrides where the user started deepspeed."""
+    folder = next((argument for argument in sys.argv if "attempt-" in argument), None)
+    text = Path(folder, "config.yaml").read_text() if folder else "\n".join(sys.argv)
+    seed = re.search(r"^(?:  seed: |train\.seed=)(\d+)", text, re.MULTILINE)
+    assert seed
+    return int(seed[1])
 
 
 class Saboteur(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "harness.run.build" and read_seed() == HANG_EARLY:
+            misbehave(HANG_EARLY)
         if name == "harness.run.heartbeat":  # DeepSpeed is there, and no engine yet
             sys.meta_path.remove(self)
             from deepspeed.runtime.pipe.engine import PipelineEngine
             from deepspeed.runtime.pipe.schedule import ForwardPass
 
-            forward = PipelineEngine._INSTRUCTION_MAP[ForwardPass]
-            config = next(Path(argument, "config.yaml") for argument in sys.argv if "attempt-" in argument)
-            seed = re.search(r"^  seed: (\d+)", config.read_text(), re.MULTILINE)
-            assert seed
+            forward, seed = PipelineEngine._INSTRUCTION_MAP[ForwardPass], read_seed()
 
             def sabotaged(engine: Any, **arguments: Any) -> None:
                 if engine.global_steps == 2:
-                    misbehave(int(seed[1]))
+                    misbehave(seed)
                 forward(engine, **arguments)
 
             PipelineEngine._INSTRUCTION_MAP[ForwardPass] = sabotaged

@@ -1,0 +1,89 @@
+"""What ranks tell of where they stand, and how it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from harness.record.heartbeat import DONE, Heart, describe, read_heartbeats
+
+
+def stands(folder: Path) -> str:
+    return str(read_heartbeats(folder)[0])
+
+
+def test_where_ranks_stand_in_words(tmp_path: Path) -> None:
+    for rank in (0, 1, 2, 5):
+        Heart(tmp_path, rank)
+    Heart(tmp_path, 0).mark(3, 1, 1, b"forward")
+    for rank in (1, 2):
+        Heart(tmp_path, rank).phase("building the model")
+    assert describe(read_heartbeats(tmp_path), 7) == (
+        "rank 0 after forward of micro-batch 1, step 3; ranks 1 and 2 in building the model; rank 5 in start; "
+        "ranks 3, 4 and 6 yet to begin"
+    )
+
+
+def test_every_mark_is_progress(tmp_path: Path) -> None:
+    heart = Heart(tmp_path, 0)
+    seen = [read_heartbeats(tmp_path)]
+    for _ in range(2):
+        heart.phase("all_reduce of 1024 bytes along tp")
+        seen.append(read_heartbeats(tmp_path))
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_name_that_is_too_long_is_cut(tmp_path: Path) -> None:
+    Heart(tmp_path, 0).phase("filling " + "x" * 100)
+    assert stands(tmp_path) == "in filling " + "x" * 56
+
+
+def test_a_rank_is_gone_when_its_process_ended_before_its_work(tmp_path: Path) -> None:
+    heart = Heart(tmp_path, 0)
+    file = tmp_path / "heartbeat" / "rank00000"
+    assert not read_heartbeats(tmp_path)[0].is_gone()
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"pid_started": ', b'"pid_started": 1'))  # the same number, another process
+    assert read_heartbeats(tmp_path)[0].is_gone()
+    file.write_bytes(content.replace(b'"host": "', b'"host": "not-'))
+    assert not read_heartbeats(tmp_path)[0].is_gone()
+    file.write_bytes(content.replace(b'"pid_started": ', b'"pid_started": 1'))
+    heart.phase(DONE)
+    assert not read_heartbeats(tmp_path)[0].is_gone()
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "begun", "ended"), [("cpu", "in", "after"), ("cuda", "enqueuing", "after enqueuing")]
+)
+def test_instructions_are_marked(tmp_path: Path, device_kind: str, begun: str, ended: str) -> None:
+    """What a GPU was given is not what it has done."""
+    from harness.run.heartbeat import attach_heartbeat
+
+    during: list[str] = []
+
+    class Forward:
+        pass
+
+    class Unknown:
+        pass
+
+    def execute(engine: Any, buffer: int) -> None:
+        assert buffer == 7
+        during.append(stands(tmp_path))
+
+    engine = SimpleNamespace(global_steps=0, _INSTRUCTION_MAP={Forward: execute, Unknown: execute})
+    heart = Heart(tmp_path, 0)
+    attach_heartbeat(engine, {Forward: "forward"}, heart, device_kind)
+    for global_steps in (0, 0, 1):
+        engine.global_steps = global_steps
+        engine._INSTRUCTION_MAP[Forward](engine, buffer=7)
+        places = [(0, 1), (1, 1), (0, 2)]
+        micro_batch, step = places[len(during) - 1]
+        where = f"forward of micro-batch {micro_batch}, step {step}"
+        assert during[-1] == f"{begun} {where}"
+        assert stands(tmp_path) == f"{ended} {where}"
+    engine._INSTRUCTION_MAP[Unknown](engine, buffer=7)
+    assert during[-1] == f"{ended} {where}"
