@@ -1,7 +1,8 @@
 """One attempt as a process tree: the `deepspeed` launcher, its ranks, and whatever they start.
 
 What happened is read from files, never from an exit status: `deepspeed` ends with 0 when its own child was
-killed. A result stands for all ranks: rank 0 writes it after a barrier that each passes with its own files closed.
+killed. A result stands for all ranks: rank 0 writes it after a barrier that each passes with its own files closed,
+first what was measured, and then the whole, which is the end of the run.
 The tree is ended as a whole, because neither a signal to `deepspeed` nor its end reaches the ranks: a guard
 (`harness.launch.guard`) is the ancestor of all of it, and ends it also when this process is killed. Should the
 guard itself be killed, its processes are found by a variable in their environment.
@@ -223,11 +224,18 @@ def _run_once(
             _end(guard, attempt, received)
             if tail:
                 tail.print_new()
-    if attempt.result() is not None:
+    if _is_measured(attempt):
         return Outcome("ok")
     if ended_by_us is not None:
         return ended_by_us
     return _diagnose(errors, status, _oom_kills() > oom_kills, attempt.log_file, config.parallel.world_size)
+
+
+def _is_measured(attempt: Attempt) -> bool:
+    """Whether the ranks measured to the end; where they were ended after it, what they had is the result."""
+    if attempt.result() is None and read_json(attempt.partial_result_file) is not None:
+        attempt.partial_result_file.replace(attempt.result_file)
+    return attempt.result() is not None
 
 
 def _end(guard: subprocess.Popen[bytes], attempt: Attempt, received: Sequence[int]) -> None:

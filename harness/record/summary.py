@@ -23,7 +23,7 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
     table = Table(title=f"{config.model.name}  {config.slug}  m={config.num_micro_batches}")
     for heading in ("stage", "layers", "parameters", "forward GFLOP", "forward ms", "backward ms"):
         table.add_column(heading, justify="right")
-    for stage in result["stages"]:
+    for stage in result["stages"] or ():
         table.add_row(
             str(stage["stage"]),
             str(stage["layers"]),
@@ -43,6 +43,8 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
         if line.startswith("bubble"):
             for detail in bubble_lines(result.get("bubble")):
                 console.print(detail, highlight=False)
+    for sentence in (*result.get("missing", ()), *(result.get("lost") or ())):
+        console.print(f"missing: {sentence}", markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 PART_LABELS = {

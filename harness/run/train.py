@@ -6,43 +6,28 @@ import gc
 import resource
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from harness.breakdown import breakdown, read_run
 from harness.checkpoints import FOLDER
 from harness.clock import to_reference
 from harness.config import RunConfig
 from harness.corpus import Corpus, prepare_corpus
-from harness.counts import stage_counts, training_flops_per_token
 from harness.machine import Machine, detect_machine
-from harness.plan.hardware import peak_flops_per_second
-from harness.plan.memory import memory_beside_measured
-from harness.record.metrics import (
-    StepRecord,
-    computes,
-    flops_beside_peers,
-    layout_columns,
-    metrics_line,
-    summarize,
-    tokens_per_step,
-)
+from harness.record.metrics import StepRecord, metrics_line
 from harness.record.store import Attempt, write_json
-from harness.record.summary import print_summary
 from harness.run.build import Training, build_training
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.clock import measure_clock_offset
 from harness.run.data import CorpusSamples, micro_batches
 from harness.run.evaluate import Evaluation
-from harness.run.gemm import gemm_flops_per_second
 from harness.run.heartbeat import attach_heartbeat
+from harness.run.result import write_result
 from harness.run.span_writer import SpanWriter
 from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock, memory_samples
 from harness.strict_json import dumps
@@ -66,27 +51,17 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     if rank == 0 and done:
         print(f"goes on after step {done}, from {config.train.resume}", flush=True)
     data = micro_batches(config, CorpusSamples(config, corpus), training.topology.coordinate(rank).dp, first_step=done)
+    reset_peak_memory(device)
     for step in range(done + 1, config.train.steps + 1):
         loop.step(step, data)
         if is_due(config.train.checkpoint_interval, step, config):
             save_checkpoint(attempt.path / FOLDER, training, config, step, loop.group)
-    loop.close()
-    gemm = gemm_flops_per_second(config, machine, device, model_flops_per_second(config, loop.records))
-    dist.barrier()  # the result stands for all ranks
-    if rank == 0:
-        write_result(attempt, config, machine, training, loop.records, loop.peak_bytes, gemm)
+    write_result(attempt, config, machine, device, loop, corpus)
 
 
 def is_due(interval: int, step: int, config: RunConfig) -> bool:
     """Whether a step ends with what happens at intervals and after the last step; interval 0: never."""
     return interval > 0 and (step % interval == 0 or step == config.train.steps)
-
-
-def model_flops_per_second(config: RunConfig, records: Sequence[StepRecord]) -> float:
-    """Model FLOP/s of one rank in the median timed step; 0 on ranks that keep no records."""
-    seconds = [record.step_seconds for record in records[config.train.warmup_steps :]]
-    flops = tokens_per_step(config) * training_flops_per_token(config.model, config.train.sequence_length)
-    return flops / config.parallel.world_size / median(seconds) if seconds else 0.0
 
 
 def share_corpus(config: RunConfig, rank: int) -> Corpus:
@@ -143,7 +118,8 @@ class Loop:
         learning_rate = engine.get_lr()[0]
         is_shown = step in self.config.tracking.trace_steps
         with memory_samples(engine, self._used_bytes) if is_shown else nullcontext() as memory:
-            self.tracer.start_step()
+            self.tracer.start_step()  # waits for the device
+            dist.barrier(group=self.group)  # what a rank did since the last step is no part of this one
             start = time.monotonic_ns()
             loss = float(engine.train_batch(data_iter=data))  # waits for the device
             end = time.monotonic_ns()
@@ -159,6 +135,8 @@ class Loop:
         eval_loss = self._evaluate(step)
         if gathered is not None:
             self._record(step, loss, learning_rate, norm, eval_loss, gathered)
+        if compares_clocks_after(self._steps_done):
+            self._to_reference = to_reference(self._clock_offset, measure_clock_offset(self.group))
 
     def _used_bytes(self) -> int:
         """Memory in use now: allocated by torch on a GPU, resident in RAM on CPU."""
@@ -235,6 +213,15 @@ class Loop:
             self._metrics.close()
 
 
+def compares_clocks_after(steps_done: int) -> bool:
+    """Whether clocks are compared again, which takes some milliseconds per rank: after 1, 2, 4 ... steps, every 64.
+
+    Until the next, a line through the first comparison and the latest is extended by no more than its own length: it
+    is then wrong by a few of their uncertainties, however large a constant drift, and 64 steps bound what changes.
+    """
+    return steps_done % 64 == 0 or steps_done.bit_count() == 1
+
+
 def group_by_stage(topology: Topology, ranks: Sequence[StageActivity]) -> list[list[list[StageActivity]]]:
     """Activities by [replica][stage][tensor-parallel rank]."""
     return [
@@ -253,52 +240,20 @@ def mean_bubble(bubbles: Sequence[Bubble]) -> Bubble:
     )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peaks of building the model: what is reported is that of training.
+
+    On CPU Linux forgets (proc(5), clear_refs); where it may not be asked, the peak since the start is reported.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated by torch on a GPU, resident in RAM on CPU."""
+    """Largest memory since `reset_peak_memory`: allocated by torch on a GPU, resident in RAM on CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_result(
-    attempt: Attempt,
-    config: RunConfig,
-    machine: Machine,
-    training: Training,
-    records: list[StepRecord],
-    peak_bytes: list[int],
-    gemm: float,
-) -> None:
-    """result.json, and the summary for the user."""
-    peak = peak_flops_per_second(config, machine)
-    row = layout_columns(config) | summarize(
-        config, records, gemm_flops_per_second=gemm, peak_flops_per_second=peak, machine=machine
-    )
-    explained = breakdown(read_run(attempt, config))
-    if explained["bubble"] is not None:
-        row["bubble_fraction_simulated"] = explained["bubble"]["simulated"]["fraction"]
-    timed = records[config.train.warmup_steps :]
-    counts = stage_counts(config, training.blocks_per_stage)
-    stages = [
-        {
-            "stage": stage,
-            **asdict(counts[stage]),
-            "forward_seconds": sum(r.forward_seconds[stage] for r in timed) / len(timed) / config.num_micro_batches,
-            "backward_seconds": sum(r.backward_seconds[stage] for r in timed) / len(timed) / config.num_micro_batches,
-        }
-        for stage in range(config.parallel.pp)
-    ]
-    result = {
-        "row": row,
-        "stages": stages,
-        "gemm_flops_per_second": gemm,
-        "peak_flops_per_second": peak,
-        "flops_conventions": flops_beside_peers(config, row["tokens_per_second_per_device"], peak)
-        if computes(config)
-        else None,
-        "memory": memory_beside_measured(config, training.blocks_per_stage, peak_bytes, machine.device_kind),
-        "optimizer": type(training.engine.optimizer).__name__,
-        **explained,
-    }
-    write_json(attempt.result_file, result)
-    print_summary(config, result)
