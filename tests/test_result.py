@@ -25,7 +25,7 @@ SLOW_SECONDS = 0.25
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     argument = {"runs": RUNS, "slow_seconds": SLOW_SECONDS, "drift": 0.05}
-    return run_ranks(2, "ranks_result", argument, tmp_path_factory.mktemp("result"), timeout=120)
+    return run_ranks(2, "ranks_result", argument, tmp_path_factory.mktemp("result"))
 
 
 def test_what_fails_besides_the_measurement_is_said_and_costs_nothing(answer: Any) -> None:

@@ -43,7 +43,7 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
         if line.startswith("bubble"):
             for detail in bubble_lines(result.get("bubble")):
                 console.print(detail, highlight=False)
-    for sentence in (*result.get("missing", ()), *(result.get("lost") or ())):
+    for sentence in result.get("missing", ()):
         console.print(f"missing: {sentence}", markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 

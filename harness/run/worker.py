@@ -159,7 +159,8 @@ def _draw_and_mirror(attempt: Attempt) -> None:
     timeout = attempt.config().tracking.wandb.timeout_seconds
     for warning in finish_mirrors([start_mirror(attempt)], timeout):
         print(f"warning: {warning}", file=sys.stderr)
-    finish_pictures([pictures])
+    for warning in finish_pictures([pictures]):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":
