@@ -23,7 +23,7 @@ from typing import Any
 from harness.config import REPOSITORY, RunConfig
 from harness.plan.explain import BubbleExplanation, explain
 from harness.plan.schedule import Schedule, build_schedule
-from harness.record.store import Attempt, read_jsonl, write_json
+from harness.record.store import Attempt, read_json, read_jsonl, write_json
 from harness.timeline import (
     PARTS,
     Accounting,
@@ -44,6 +44,8 @@ TOLERANCE = 0.01
 MOST_STEPS = 10
 """As many timed steps, evenly spread, are looked into: this happens while the user waits for the result."""
 PICTURES_SECONDS = 60.0
+MISSING = "pictures.json"
+"""What an attempt's pictures lack; absent where they are whole."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ def _typical_step(run: RunSpans) -> int:
 def start_pictures(attempt: Attempt) -> subprocess.Popen[bytes] | None:
     """`write_pictures` in a child process that leaves the processor to others.
 
-    None when there is nothing to draw or it can't start.
+    None when no step was done, so that there is nothing to draw and to miss, or it can't start.
     """
-    if not attempt.spans_file(0).exists():
+    if not read_jsonl(attempt.metrics_file):
         return None
     command = [sys.executable, "-m", "harness.breakdown", str(attempt.path.resolve())]
     try:
@@ -205,23 +207,41 @@ def start_pictures(attempt: Attempt) -> subprocess.Popen[bytes] | None:
         return None
 
 
-def finish_pictures(children: Sequence[subprocess.Popen[bytes] | None], timeout: float = PICTURES_SECONDS) -> None:
-    """Wait for children of `start_pictures`, and end those that are late."""
+def finish_pictures(children: Sequence[subprocess.Popen[bytes] | None], timeout: float = PICTURES_SECONDS) -> list[str]:
+    """Wait for children of `start_pictures`, and end those that are late.
+
+    Returns:
+        A line for each attempt of which something is missing.
+    """
+    warnings = []
     for child in filter(None, children):
+        path = Path(child.args[-1])  # type: ignore[index, arg-type]
         try:
-            child.wait(timeout)
+            failed = child.wait(timeout) != 0
+            missing = (read_json(path / MISSING) or {}).get("missing", ["no pictures"] if failed else [])
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+            missing = [f"no pictures within {timeout:g} s"]
+        if missing:
+            warnings.append(f"{path.parent.name}/{path.name}: {'; '.join(missing)}")
+    return warnings
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw the pictures of attempts and print what they lack; the exit status."""
+    """Draw the pictures of attempts, print what they lack and leave it beside them; the exit status."""
     os.nice(19)
-    for path in arguments:
-        for loss in write_pictures(Attempt(Path(path))):
-            print(f"{path}: {loss}")
-    return 0
+    failed = False
+    for attempt in map(Attempt, map(Path, arguments)):
+        try:
+            missing = write_pictures(attempt)
+        except Exception as error:
+            failed, missing = True, [f"no pictures ({type(error).__name__}: {' '.join(str(error).split())})"]
+        (attempt.path / MISSING).unlink(missing_ok=True)
+        if missing:
+            print(f"{attempt.path}: {'; '.join(missing)}")
+            write_json(attempt.path / MISSING, {"missing": missing})
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -60,6 +62,14 @@ def cache_file(kind: str, machine: Machine, *circumstances: str) -> Path:
 def cache_folder(kind: str) -> Path:
     """The user's cache for one kind of content: `$XDG_CACHE_HOME/shardwright/KIND`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwright" / kind
+
+
+def peak_resident_bytes() -> int:
+    """Largest memory this process had in RAM, since it began or its peak was reset (proc(5), clear_refs)."""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of its parent, too, before it was loaded
 
 
 def process_started(pid: int) -> int | None:

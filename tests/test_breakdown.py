@@ -9,7 +9,7 @@ import pytest
 from distributed import run_ranks
 from helpers import make_config, record_attempt
 
-from harness.breakdown import breakdown, read_run, write_pictures
+from harness.breakdown import breakdown, finish_pictures, read_run, start_pictures, write_pictures
 from harness.clock import ClockOffset
 from harness.config import RunConfig
 from harness.errors import ConfigError
@@ -92,6 +92,27 @@ def test_the_readable_part_of_a_cut_off_file_is_used_and_the_loss_is_said(tmp_pa
         "accounting": None, "bubble": None, "lost": ["rank 3 left no readable spans"]
     }  # fmt: skip
     assert "rank 3 left no readable spans" in write_pictures(attempt)
+
+
+def test_what_a_killed_run_lost_is_told_to_whoever_waits_for_its_pictures(tmp_path: Path) -> None:
+    attempt, _ = simulated_run(tmp_path)
+    whole = start_pictures(attempt)
+    assert finish_pictures([whole, None]) == []
+    file = attempt.spans_file(1)
+    file.write_text(file.read_text()[:-20])
+    attempt.spans_file(2).write_text("")
+    name = f"{attempt.point.name}/attempt-1"
+    cut = "rank 2 left no readable spans"
+    assert finish_pictures([start_pictures(attempt)]) == [
+        f"{name}: the spans of rank 1 are cut off in or after step 5; {cut}"
+    ]
+    assert read_json(attempt.path / "pictures.json") == {
+        "missing": ["the spans of rank 1 are cut off in or after step 5", cut]
+    }
+    attempt.config_file.unlink()
+    assert finish_pictures([start_pictures(attempt)])[0].startswith(f"{name}: no pictures (ValidationError")
+    attempt.metrics_file.unlink()
+    assert start_pictures(attempt) is None
 
 
 def test_trace_steps_beyond_the_run_are_refused() -> None:

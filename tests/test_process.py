@@ -42,6 +42,15 @@ if kind == "ok":
         (attempt / "result.json.tmp").write_text('{"row": {}}')
         (attempt / "result.json.tmp").replace(attempt / "result.json")
     time.sleep(60)  # an interpreter that is slow to end
+elif kind == "measured":
+    if rank == 0:
+        (attempt / "partial.tmp").write_text('{"row": {"step_seconds": 1.0}, "missing": ["the rest"]}')
+        (attempt / "partial.tmp").replace(attempt / "result.partial.json")
+    while not (attempt / "result.partial.json").exists():
+        time.sleep(0.01)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does without memory
+    time.sleep(600)
 elif kind == "crash":
     if rank == 0:
         time.sleep(0.2)
@@ -127,6 +136,12 @@ def test_a_result_ends_the_attempt(attempt: Attempt, capfd: pytest.CaptureFixtur
     assert sorted(printed.splitlines()) == ["rank 0 is here", "rank 1 is here"]
     assert "rank 1 is here" in attempt.log_file.read_text()
     assert attempt.status()["environment"]["hardware"]["device_name"] == MACHINE.device_name
+
+
+def test_ranks_that_end_after_the_measurement_lose_nothing(attempt: Attempt) -> None:
+    assert run(attempt, "measured") == Outcome("ok")
+    assert attempt.result() == {"row": {"step_seconds": 1.0}, "missing": ["the rest"]}
+    assert not attempt.partial_result_file.exists()
 
 
 def test_the_first_real_error_is_the_reason(attempt: Attempt) -> None:

@@ -1,7 +1,8 @@
 """One attempt as a process tree: the `deepspeed` launcher, its ranks, and whatever they start.
 
 What happened is read from files, never from an exit status: `deepspeed` ends with 0 when its own child was
-killed. A result stands for all ranks: rank 0 writes it after a barrier that each passes with its own files closed.
+killed. A result stands for all ranks: rank 0 writes it after a barrier that each passes with its own files closed,
+first what was measured, and then the whole, which is the end of the run.
 The tree is ended as a whole, because neither a signal to `deepspeed` nor its end reaches the ranks: a guard
 (`harness.launch.guard`) is the ancestor of all of it, and ends it also when this process is killed. Should the
 guard itself be killed, its processes are found by a variable in their environment.
@@ -33,6 +34,7 @@ from harness.record.diagnose import (
     Outcome,
     Remains,
     count_oom_kills,
+    is_measured,
     judge,
     read_end,
     read_remains,
@@ -215,7 +217,7 @@ def _run_once(
             _end(guard, attempt, received)
             if tail:
                 tail.print_new()
-    if ended_by_us is not None and attempt.result() is None:
+    if ended_by_us is not None and not is_measured(attempt):
         return ended_by_us
     return judge(attempt, remains, exit_status=exit_status, oom_killed=count_oom_kills() > oom_kills)
 

@@ -329,7 +329,8 @@ def run_all(runs: Sequence[Run], machine: Machine, console: Console) -> tuple[li
                 done.result()
     for number in waiting:
         runs[number].attempt.write_status("interrupted", "the sweep was stopped before it started")
-    finish_pictures(pictures)
+    for warning in finish_pictures(pictures):
+        print(f"warning: {warning}", file=sys.stderr)
     return mirrors, bool(received)
 
 

@@ -45,7 +45,8 @@ def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
     pictures = start_pictures(attempt)
     for warning in finish_mirrors([mirror], config.tracking.wandb.timeout_seconds):
         print(f"warning: {warning}", file=sys.stderr)
-    finish_pictures([pictures])
+    for warning in finish_pictures([pictures]):
+        print(f"warning: {warning}", file=sys.stderr)
     return exit_status(attempt, outcome)
 
 

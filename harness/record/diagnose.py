@@ -73,6 +73,13 @@ def read_remains(attempt: Attempt, world_size: int) -> Remains:
     return Remains(errors, sorted(silent), sorted(gone & silent), sorted(absent))
 
 
+def is_measured(attempt: Attempt) -> bool:
+    """Whether the ranks measured to the end; where they were ended after it, what they had becomes the result."""
+    if attempt.result() is None and read_json(attempt.partial_result_file) is not None:
+        attempt.partial_result_file.replace(attempt.result_file)
+    return attempt.result() is not None
+
+
 def judge(attempt: Attempt, remains: Remains, *, exit_status: int | None = None, oom_killed: bool = False) -> Outcome:
     """How an attempt ended; a complete result makes it ok whatever happened later.
 
@@ -80,7 +87,7 @@ def judge(attempt: Attempt, remains: Remains, *, exit_status: int | None = None,
         exit_status: of the guard, where the harness started the run and it has ended.
         oom_killed: the kernel has ended a process for want of memory meanwhile.
     """
-    if attempt.result() is not None:
+    if is_measured(attempt):
         return Outcome("ok")
     return (
         _by_report(remains)

@@ -30,7 +30,7 @@ COLUMNS = tuple(
     attempt stale model num_parameters partition threads_per_rank model_tflops_per_device_causal
     eval_loss eval_perplexity repeats drift warmup_steps_detected parity
     parity_max_error sequence_parallel dropout bubble_fraction_simulated
-    checkpoint_interval slots""".split()
+    checkpoint_interval slots launch_gap_fraction_max""".split()
 )
 """Columns of results.csv: people script against their names and order, so new ones go to the end."""
 
@@ -64,6 +64,8 @@ class StepRecord:
     """The maximum over ranks."""
     eval_loss: float | None = None
     """Mean over the tokens of the held-out samples, at steps that end with an evaluation."""
+    launch_gap_fraction: float | None = None
+    """At most this share of forward and backward time GPUs waited for the host to launch; None on CPU."""
 
 
 def perplexity(loss: float) -> float:
@@ -166,6 +168,7 @@ def summarize(
         return tokens_per_second_per_device * per_token
 
     flops = flops_per_second(causal=False) if computes(config) else None
+    gaps = [record.launch_gap_fraction for record in timed if record.launch_gap_fraction is not None]
     eval_losses = [record.eval_loss for record in records if record.eval_loss is not None]
     memory = [record.peak_memory_bytes for record in records if record.peak_memory_bytes is not None]
     return {
@@ -186,6 +189,7 @@ def summarize(
         "oversubscribed": is_oversubscribed(config, machine),
         "eval_loss": eval_losses[-1] if eval_losses else None,
         "eval_perplexity": perplexity(eval_losses[-1]) if eval_losses else None,
+        "launch_gap_fraction_max": median(gaps) if gaps else None,
         "drift": drift(seconds),
         "warmup_steps_detected": detect_warmup([record.step_seconds for record in records]),
     }

@@ -204,6 +204,11 @@ class Attempt:
         return self.path / "result.json"
 
     @property
+    def partial_result_file(self) -> Path:
+        """result.json as far as it was known after the last step; gone once there is the whole."""
+        return self.path / "result.partial.json"
+
+    @property
     def log_file(self) -> Path:
         """Everything the ranks printed."""
         return self.path / "log.txt"

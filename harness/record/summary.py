@@ -23,7 +23,7 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
     table = Table(title=f"{config.model.name}  {config.slug}  m={config.num_micro_batches}")
     for heading in ("stage", "layers", "parameters", "forward GFLOP", "forward ms", "backward ms"):
         table.add_column(heading, justify="right")
-    for stage in result["stages"]:
+    for stage in result["stages"] or ():
         table.add_row(
             str(stage["stage"]),
             str(stage["layers"]),
@@ -43,6 +43,8 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
         if line.startswith("bubble"):
             for detail in bubble_lines(result.get("bubble")):
                 console.print(detail, highlight=False)
+    for sentence in result.get("missing", ()):
+        console.print(f"missing: {sentence}", markup=False, highlight=False, soft_wrap=True, style="yellow")
 
 
 PART_LABELS = {
@@ -104,6 +106,10 @@ def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
         lines.insert(2, f"efficiency  {row['gemm_utilization']:.1%} of this machine's matrix-product rate")
     if row["mfu"] is not None:
         lines.insert(2, f"MFU         {row['mfu']:.1%} of the device's datasheet peak")
+    if row.get("launch_gap_fraction_max") is not None:
+        lines.append(
+            f"launches    the GPUs waited for the host at most {row['launch_gap_fraction_max']:.0%} of forward and backward"
+        )
     if abs(row["drift"] or 0) >= LARGE_DRIFT:
         lines.append(
             f"drift       {row['drift']:+.1%} from the first to the last third of the timed steps, beyond noise"

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from harness.breakdown import breakdown, read_run
 from harness.checkpoints import FOLDER
 from harness.clock import to_reference
 from harness.config import RunConfig
 from harness.corpus import Corpus, prepare_corpus
-from harness.counts import stage_counts, training_flops_per_token
-from harness.machine import Machine, detect_machine
-from harness.plan.hardware import peak_flops_per_second
-from harness.plan.memory import memory_beside_measured
+from harness.machine import Machine, detect_machine, peak_resident_bytes
 from harness.record.heartbeat import Heart
-from harness.record.metrics import (
-    StepRecord,
-    computes,
-    flops_beside_peers,
-    layout_columns,
-    metrics_line,
-    summarize,
-    tokens_per_step,
-)
+from harness.record.metrics import StepRecord, metrics_line
 from harness.record.store import Attempt, write_json
-from harness.record.summary import print_summary
 from harness.run.build import Training, build_training
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.clock import measure_clock_offset
 from harness.run.data import CorpusSamples, micro_batches
 from harness.run.evaluate import Evaluation
-from harness.run.gemm import gemm_flops_per_second
 from harness.run.heartbeat import attach_heartbeat
+from harness.run.result import write_result
 from harness.run.span_writer import SpanWriter
 from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
 from harness.strict_json import dumps
@@ -69,31 +54,18 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     if rank == 0 and done:
         print(f"goes on after step {done}, from {config.train.resume}", flush=True)
     data = micro_batches(config, CorpusSamples(config, corpus), training.topology.coordinate(rank).dp, first_step=done)
+    reset_peak_memory(device)
     for step in range(done + 1, config.train.steps + 1):
         loop.step(step, data)
         if is_due(config.train.checkpoint_interval, step, config):
             heart.phase("writing a checkpoint")
             save_checkpoint(attempt.path / FOLDER, training, config, step, loop.group)
-    heart.phase("closing its files")
-    loop.close()
-    heart.phase("measuring matrix products")
-    gemm = gemm_flops_per_second(config, machine, device, model_flops_per_second(config, loop.records))
-    heart.phase("writing the result")
-    dist.barrier()  # the result stands for all ranks
-    if rank == 0:
-        write_result(attempt, config, machine, training, loop.records, loop.peak_bytes, gemm)
+    write_result(attempt, config, machine, device, loop, corpus, heart.phase)
 
 
 def is_due(interval: int, step: int, config: RunConfig) -> bool:
     """Whether a step ends with what happens at intervals and after the last step; interval 0: never."""
     return interval > 0 and (step % interval == 0 or step == config.train.steps)
-
-
-def model_flops_per_second(config: RunConfig, records: Sequence[StepRecord]) -> float:
-    """Model FLOP/s of one rank in the median timed step; 0 on ranks that keep no records."""
-    seconds = [record.step_seconds for record in records[config.train.warmup_steps :]]
-    flops = tokens_per_step(config) * training_flops_per_token(config.model, config.train.sequence_length)
-    return flops / config.parallel.world_size / median(seconds) if seconds else 0.0
 
 
 def share_corpus(config: RunConfig, rank: int) -> Corpus:
@@ -108,6 +80,21 @@ def set_up_device(config: RunConfig, machine: Machine) -> torch.device:
     """Threads of the rank, and the device that `initialize_distributed` gave it."""
     torch.set_num_threads(config.launch.threads_per_rank)
     return torch.device("cpu") if machine.device_kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+
+class RankStep(NamedTuple):
+    """What one rank tells rank 0 of a step."""
+
+    seconds: float
+    peak_bytes: int
+    activity: StageActivity
+    launch_gap_seconds: float
+    """`Tracer.launch_gap_seconds`; 0 on CPU."""
+
+
+def launch_gap_fraction(ranks: Sequence[RankStep]) -> float:
+    """At most this share of all forward and backward time the GPUs waited for launches."""
+    return sum(rank.launch_gap_seconds for rank in ranks) / sum(rank.activity.busy_seconds for rank in ranks)
 
 
 class Loop:
@@ -145,7 +132,8 @@ class Loop:
         engine = self.training.engine
         learning_rate = engine.get_lr()[0]
         is_shown = step in self.config.tracking.trace_steps
-        self.tracer.start_step(self._used_bytes if is_shown else None)
+        self.tracer.start_step(self._used_bytes if is_shown else None)  # waits for the device
+        dist.barrier(group=self.group)  # what a rank did since the last step is no part of this one
         start = time.monotonic_ns()
         loss = float(engine.train_batch(data_iter=data))  # waits for the device
         end = time.monotonic_ns()
@@ -157,10 +145,12 @@ class Loop:
         if is_shown:
             self._spans.write_memory(self.tracer.memory())
         norm = self.training.global_gradient_norm()
-        gathered = self._gather(end - start, activity(spans))
+        gathered = self._gather(end - start, activity(spans), self.tracer.launch_gap_seconds(spans))
         eval_loss = self._evaluate(step)
         if gathered is not None:
             self._record(step, loss, learning_rate, norm, eval_loss, gathered)
+        if compares_clocks_after(self._steps_done):
+            self._to_reference = to_reference(self._clock_offset, measure_clock_offset(self.group))
 
     def _used_bytes(self) -> int:
         """Memory in use now: allocated by torch on a GPU, resident in RAM on CPU."""
@@ -174,8 +164,8 @@ class Loop:
             return None
         return self._evaluation.loss()
 
-    def _gather(self, seconds_ns: int, own: StageActivity) -> list[tuple[int, int, StageActivity]] | None:
-        """(step nanoseconds, peak bytes, activity) of all ranks, on rank 0."""
+    def _gather(self, seconds_ns: int, own: StageActivity, launch_gap_seconds: float | None) -> list[RankStep] | None:
+        """What rank 0 records of each rank; None on the others."""
         numbers = [
             seconds_ns,
             peak_memory_bytes(self.device),
@@ -183,14 +173,17 @@ class Loop:
             self._to_reference(own.last_backward_end_ns),
             round(own.forward_seconds * 1e9),
             round(own.backward_seconds * 1e9),
+            round((launch_gap_seconds or 0) * 1e9),
         ]
         mine = torch.tensor(numbers, dtype=torch.int64)
         received = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if self.rank == 0 else None
         dist.gather(mine, received, dst=0, group=self.group)
         if received is None:
             return None
-        rows = [tensor.tolist() for tensor in received]
-        return [(row[0], row[1], StageActivity(row[2], row[3], row[4] / 1e9, row[5] / 1e9)) for row in rows]
+        return [
+            RankStep(seconds / 1e9, peak, StageActivity(begin, end, forward / 1e9, backward / 1e9), gap / 1e9)
+            for seconds, peak, begin, end, forward, backward, gap in (tensor.tolist() for tensor in received)
+        ]
 
     def _record(
         self,
@@ -199,25 +192,26 @@ class Loop:
         learning_rate: float,
         norm: float | None,
         eval_loss: float | None,
-        ranks: Sequence[tuple[int, int, StageActivity]],
+        ranks: Sequence[RankStep],
     ) -> None:
         """Rank 0: one line of metrics.jsonl, one line for the user."""
-        pipelines = group_by_stage(self.training.topology, [rank_activity for _, _, rank_activity in ranks])
+        pipelines = group_by_stage(self.training.topology, [rank.activity for rank in ranks])
         stages = [[a for pipeline in pipelines for a in pipeline[s]] for s in range(self.config.parallel.pp)]
         record = StepRecord(
             step=step,
             loss=loss,
             learning_rate=learning_rate,
             grad_norm=norm,
-            step_seconds=max(seconds for seconds, _, _ in ranks) / 1e9,
+            step_seconds=max(rank.seconds for rank in ranks),
             bubble=mean_bubble([measured_bubble(pipeline) for pipeline in pipelines]),
             forward_seconds=[sum(a.forward_seconds for a in stage) / len(stage) for stage in stages],
             backward_seconds=[sum(a.backward_seconds for a in stage) / len(stage) for stage in stages],
-            peak_memory_bytes=max(peak for _, peak, _ in ranks),
+            peak_memory_bytes=max(rank.peak_bytes for rank in ranks),
             eval_loss=eval_loss,
+            launch_gap_fraction=launch_gap_fraction(ranks) if self.device.type == "cuda" else None,
         )
         self.records.append(record)
-        self.peak_bytes = [peak for _, peak, _ in ranks]
+        self.peak_bytes = [rank.peak_bytes for rank in ranks]
         assert self._metrics is not None
         line = metrics_line(record, self.config)
         self._metrics.write(dumps(line) + "\n")
@@ -235,6 +229,15 @@ class Loop:
         self._spans.close(measure_clock_offset(self.group))
         if self._metrics is not None:
             self._metrics.close()
+
+
+def compares_clocks_after(steps_done: int) -> bool:
+    """Whether clocks are compared again, which takes some milliseconds per rank: after 1, 2, 4 ... steps, every 64.
+
+    Until the next, a line through the first comparison and the latest is extended by no more than its own length: it
+    is then wrong by a few of their uncertainties, however large a constant drift, and 64 steps bound what changes.
+    """
+    return steps_done % 64 == 0 or steps_done.bit_count() == 1
 
 
 def group_by_stage(topology: Topology, ranks: Sequence[StageActivity]) -> list[list[list[StageActivity]]]:
@@ -255,52 +258,20 @@ def mean_bubble(bubbles: Sequence[Bubble]) -> Bubble:
     )
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peaks of building the model: what is reported is that of training.
+
+    On CPU Linux forgets (proc(5), clear_refs); where it may not be asked, the peak since the start is reported.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory so far: allocated by torch on a GPU, resident in RAM on CPU."""
+    """Largest memory since `reset_peak_memory`: allocated by torch on a GPU, resident in RAM on CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_result(
-    attempt: Attempt,
-    config: RunConfig,
-    machine: Machine,
-    training: Training,
-    records: list[StepRecord],
-    peak_bytes: list[int],
-    gemm: float,
-) -> None:
-    """result.json, and the summary for the user."""
-    peak = peak_flops_per_second(config, machine)
-    row = layout_columns(config) | summarize(
-        config, records, gemm_flops_per_second=gemm, peak_flops_per_second=peak, machine=machine
-    )
-    explained = breakdown(read_run(attempt, config))
-    if explained["bubble"] is not None:
-        row["bubble_fraction_simulated"] = explained["bubble"]["simulated"]["fraction"]
-    timed = records[config.train.warmup_steps :]
-    counts = stage_counts(config, training.blocks_per_stage)
-    stages = [
-        {
-            "stage": stage,
-            **asdict(counts[stage]),
-            "forward_seconds": sum(r.forward_seconds[stage] for r in timed) / len(timed) / config.num_micro_batches,
-            "backward_seconds": sum(r.backward_seconds[stage] for r in timed) / len(timed) / config.num_micro_batches,
-        }
-        for stage in range(config.parallel.pp)
-    ]
-    result = {
-        "row": row,
-        "stages": stages,
-        "gemm_flops_per_second": gemm,
-        "peak_flops_per_second": peak,
-        "flops_conventions": flops_beside_peers(config, row["tokens_per_second_per_device"], peak)
-        if computes(config)
-        else None,
-        "memory": memory_beside_measured(config, training.blocks_per_stage, peak_bytes, machine.device_kind),
-        "optimizer": type(training.engine.optimizer).__name__,
-        **explained,
-    }
-    write_json(attempt.result_file, result)
-    print_summary(config, result)
+    return peak_resident_bytes()

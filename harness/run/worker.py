@@ -10,7 +10,6 @@ import contextlib
 import gc
 import importlib
 import os
-import resource
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import ConfigError
-from harness.machine import detect_machine
+from harness.machine import detect_machine, peak_resident_bytes
 from harness.record.heartbeat import DONE, Heart
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
 
@@ -107,7 +106,7 @@ def _peak_memory_bytes() -> int:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def describe_error(rank: int, error: BaseException) -> dict[str, Any]:
@@ -170,7 +169,8 @@ def _draw_and_mirror(attempt: Attempt) -> None:
     timeout = attempt.config().tracking.wandb.timeout_seconds
     for warning in finish_mirrors([start_mirror(attempt)], timeout):
         print(f"warning: {warning}", file=sys.stderr)
-    finish_pictures([pictures])
+    for warning in finish_pictures([pictures]):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 if __name__ == "__main__":
