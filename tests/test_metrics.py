@@ -77,6 +77,8 @@ def test_summary_by_hand() -> None:
     records = [replace(record, eval_loss=3.0 if record.step == 6 else None) for record in step_records(seconds)]
     records[-1] = replace(records[-1], eval_loss=2.0, bubble=Bubble(0.75, 3.0, 3.8))
     records[-2] = replace(records[-2], peak_memory_bytes=2**30)
+    gaps = [0.9, 0.9, *(0.1 * number for number in range(11))]  # of the warm-up, then 0 to 1
+    records = [replace(record, launch_gap_fraction=gap) for record, gap in zip(records, gaps, strict=True)]
     summary = summarize(
         make_config("parallel.tp=2", "parallel.pp=2", "parallel.dp=4"), records, gemm_flops_per_second=1e11,
         peak_flops_per_second=1e12, machine=MACHINE,
@@ -100,6 +102,7 @@ def test_summary_by_hand() -> None:
         "oversubscribed": True,
         "eval_loss": 2.0,
         "eval_perplexity": 7.38905609893065,
+        "launch_gap_fraction_max": 0.5,
         "drift": None,
         "warmup_steps_detected": 2,
     })  # fmt: skip

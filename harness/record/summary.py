@@ -107,9 +107,8 @@ def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
     if row["mfu"] is not None:
         lines.insert(2, f"MFU         {row['mfu']:.1%} of the device's datasheet peak")
     if row.get("launch_gap_fraction_max") is not None:
-        lines.append(
-            f"launches    the GPUs waited for the host at most {row['launch_gap_fraction_max']:.0%} of forward and backward"
-        )
+        share = row["launch_gap_fraction_max"]
+        lines.append(f"launches    at most {share:.0%} of forward and backward the GPUs waited for the host")
     if abs(row["drift"] or 0) >= LARGE_DRIFT:
         lines.append(
             f"drift       {row['drift']:+.1%} from the first to the last third of the timed steps, beyond noise"
