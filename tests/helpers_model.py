@@ -95,8 +95,8 @@ def saved_bytes(module: nn.Module, hidden: Tensor) -> int:
     return num_bytes
 
 
-TOLERANCE = 2e-5
-"""Allowed difference of fp32 results, in standard deviations of the reference."""
+TOLERANCE = 1e-10
+"""Allowed difference of float64 results, in standard deviations of the reference."""
 
 # What ranks run: each check yields (what, value of this rank, value it should have).
 Comparison = tuple[str, Tensor, Tensor]
@@ -203,7 +203,11 @@ def gather(tp: TensorParallel) -> Iterator[Comparison]:
 
 
 def cross_entropy(tp: TensorParallel) -> Iterator[Comparison]:
-    """53 tokens; then 5, so that the last of four ranks holds padding alone; large logits; bf16."""
+    """53 tokens; then 5, so that the last of four ranks holds padding alone; large logits; bf16.
+
+    Losses and gradients in fp32 are off by less than 100 roundings of 2^-24 (53 columns and what test_loss.py counts
+    besides) of values up to 3. The gradient of bf16 logits is rounded to 2^-9 of values up to 3.
+    """
     for vocab_size, scale, dtype in (
         (53, 1.0, torch.float32), (5, 1.0, torch.float32), (53, 3e4, torch.float32), (53, 3.0, torch.bfloat16),
     ):  # fmt: skip
@@ -216,18 +220,16 @@ def cross_entropy(tp: TensorParallel) -> Iterator[Comparison]:
         assert losses.dtype == torch.float32
         reference = F.cross_entropy(full.double().transpose(1, 2), targets, reduction="none")
         case = f"{vocab_size} tokens, logits x {scale:g}, {dtype}"
-        yield f"losses of {case}", losses, reference
+        yield f"losses of {case}", loosened(losses, reference, 2e-5), reference
         yield f"ignored losses of {case}", losses * (targets < 0) + normal(3, 11, seed=2), normal(3, 11, seed=2)
-        weights = normal(3, 11, seed=3)
+        weights = normal(3, 11, seed=3).float()
         losses.backward(weights)
         reference.backward(weights.double())
         expected = torch.cat((grad(full), torch.zeros_like(padding)), -1).chunk(tp.size, -1)[tp.rank]
         # A rank of padding alone has a gradient of zeros: no deviation to measure by, so add one.
-        offset = normal(*expected.shape, seed=4).to(dtype).float()
-        found = grad(local).float()
-        if dtype == torch.bfloat16:
-            found = loosened(found, expected.float(), 0.01)
-        yield f"gradient of {case}", found + offset, expected.float() + offset
+        offset = normal(*expected.shape, seed=4)
+        found = loosened(grad(local).double(), expected.double(), 2e-5 if dtype == torch.float32 else 0.01)
+        yield f"gradient of {case}", found + offset, expected.double() + offset
 
 
 MODELS = {
@@ -313,12 +315,12 @@ def whole_model(name: str, checkpointing: bool, tp: TensorParallel) -> Iterator[
 
 
 def bf16(name: str, tp: TensorParallel) -> Iterator[Comparison]:
-    """Runs in bf16; the result is near that of fp32."""
+    """Runs in bf16; the result is near the exact one."""
     model = MODELS[name]
     tp = kv_parallel(model, tp)
     state = random_state(model)
     results = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float64):
         layer = TransformerBlock(model, tp, activation_checkpointing=False)
         fill(layer, model, state, tp, "blocks.0.")
         hidden = leaf(own_slice(normal(3, 12, model.hidden_size, seed=1), tp).to(dtype))
@@ -327,7 +329,7 @@ def bf16(name: str, tp: TensorParallel) -> Iterator[Comparison]:
         assert output.dtype == grad(hidden).dtype == dtype
         results.append((output, grad(hidden)))
     for what, ours, exact in zip(("output", "gradient"), *results, strict=True):
-        yield what, loosened(ours.float(), exact, 0.2), exact
+        yield what, loosened(ours.double(), exact, 0.2), exact
 
 
 def dropout(tp: TensorParallel) -> Iterator[Comparison]:
@@ -385,8 +387,8 @@ def traffic(tp: TensorParallel) -> Iterator[Comparison]:
 def memory(tp: TensorParallel) -> Iterator[Comparison]:
     """A block saves for backward what `harness.plan.memory` counts."""
     model = MODELS["gpt2"]
-    layer = TransformerBlock(model, tp, activation_checkpointing=False)
-    found = saved_bytes(layer, leaf(own_slice(normal(2, 12, model.hidden_size, seed=1), tp)))
+    layer = TransformerBlock(model, tp, activation_checkpointing=False).float()
+    found = saved_bytes(layer, leaf(own_slice(normal(2, 12, model.hidden_size, seed=1).float(), tp)))
     parallel = make_config(f"parallel.tp={tp.size}", f"parallel.sequence_parallel={tp.sequence_parallel}").parallel
     counted = 2 * 12 * block_activation_bytes_per_token(model, parallel, "fp32")
     yield "bytes", torch.tensor([found, 0.0]), torch.tensor([counted, 0.0])
@@ -428,6 +430,7 @@ CHECKS: dict[str, Check] = {
 def run_checks(rank: int, world_size: int, tp_sizes: tuple[int, ...], folder: str) -> None:
     """One rank: every check in every size; writes {(check, tp): {what: error} or traceback} to `folder`."""
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)  # rounding hides no mistake, whatever kernels a processor has
     rendezvous = f"file://{folder}/rendezvous"
     timeout = datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
