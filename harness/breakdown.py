@@ -24,6 +24,7 @@ from harness.config import REPOSITORY, RunConfig
 from harness.plan.explain import BubbleExplanation, explain
 from harness.plan.schedule import Schedule, build_schedule
 from harness.record.store import Attempt, read_json, read_jsonl, write_json
+from harness.record.tracking import finish_mirrors
 from harness.timeline import (
     PARTS,
     Accounting,
@@ -226,6 +227,15 @@ def finish_pictures(children: Sequence[subprocess.Popen[bytes] | None], timeout:
         if missing:
             warnings.append(f"{path.parent.name}/{path.name}: {'; '.join(missing)}")
     return warnings
+
+
+def draw_and_finish(attempt: Attempt, mirror: subprocess.Popen[bytes] | None) -> None:
+    """After a single run: draw its pictures, and wait for them and for its mirror within their time limits."""
+    pictures = start_pictures(attempt)
+    for warning in finish_mirrors([mirror], attempt.config().tracking.wandb.timeout_seconds):
+        print(f"warning: {warning}", file=sys.stderr)
+    for warning in finish_pictures([pictures]):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> int:

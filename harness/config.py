@@ -227,7 +227,7 @@ class Launch(Section):
     timeout_seconds: PositiveFloat
     """Wall time of one run, start included."""
     hang_seconds: PositiveFloat
-    """Time without a new instruction on any rank, once steps have begun."""
+    """Time without progress on any rank, from its first line to its last, where the harness starts `deepspeed`."""
     memory_limit_bytes: PositiveInt | None
     """Private memory of one process (RLIMIT_DATA); null: no limit."""
     threads_per_rank: PositiveInt

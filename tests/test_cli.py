@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,8 +20,10 @@ import pytest
 from harness.config import REPOSITORY
 from harness.errors import ConfigError
 from harness.launch import train
+from harness.record.store import Attempt
 
 LAUNCHERS = REPOSITORY / "launchers"
+SABOTAGE = Path(__file__).parent / "sabotage"
 QUICK = "train.steps=3 train.warmup_steps=1 train.global_batch_size=2 train.sequence_length=16".split()
 RUN = [*QUICK, "tracking.wandb.mode=disabled"]
 
@@ -195,6 +199,93 @@ def test_the_users_own_deepspeed_is_refused_what_can_not_run(tmp_path: Path) -> 
     sentence = "parallel.tp=2 x pp=1 x dp=1 needs 2 ranks, but deepspeed started 1; use --num_gpus 2"
     assert done.stderr.count(f"error: {sentence}\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+class UserStarted:
+    """A run of two ranks under the user's own `deepspeed`, sabotaged as its seed says."""
+
+    def __init__(self, folder: Path, seed: int, *overrides: str, port: int) -> None:
+        launcher = Path(sys.executable).parent / "deepspeed"
+        command = [launcher, "--num_gpus", "2", "--master_port", str(port), LAUNCHERS / "train.py", "parallel.pp=2"]
+        request = [*RUN, "data=synthetic", f"results_dir={folder}", f"train.seed={seed}", *overrides]
+        memory_limit = (1_600_000_000, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [*command, "launch.threads_per_rank=1", *request],
+            env=os.environ | {"PYTHONPATH": str(SABOTAGE), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            stdout=(folder / "output.txt").open("w"),
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, memory_limit),
+            start_new_session=True,
+        )
+
+    def ranks(self) -> list[psutil.Process]:
+        """Once the first step is done."""
+        deadline = time.monotonic() + 200
+        while not any(path.read_text() for path in self.folder.glob("runs/points/*/attempt-1/metrics.jsonl")):
+            assert time.monotonic() < deadline, (self.folder / "output.txt").read_text()
+            time.sleep(0.1)
+        everyone = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in everyone if p.name() != "tee" and "RANK" in p.environ()]
+
+    def end(self) -> Attempt:
+        """The attempt it leaves."""
+        try:
+            self.process.wait(200)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        return Attempt(next(self.folder.glob("runs/points/*/attempt-1")))
+
+
+def test_the_users_own_deepspeed_run_out_of_memory_is_named(tmp_path: Path) -> None:
+    run = UserStarted(tmp_path, 7001, "launch.hang_seconds=3000", port=29632)
+    attempt = run.end()
+    status = attempt.status()
+    assert (run.process.returncode, status["status"]) == (1, "oom")
+    assert status["reason"].startswith("rank 1: ")
+    assert "memory" in status["reason"]
+    assert "its peak so far: " in status["reason"]
+    assert status["ranks_stood"]["1"] == "in forward of micro-batch 0, step 3"
+    log = attempt.log_file.read_text()
+    assert log.count("step 1/3") == 1  # rank 0's, once
+    assert log.count("in misbehave\n") == 1  # rank 1's traceback
+    assert f"oom: {status['reason']}\n" in log
+    assert set(log.splitlines()) <= set((tmp_path / "output.txt").read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seed", "act", "status", "reason"),
+    [
+        (7003, "", "crashed", "rank 1: ValueError: broken on purpose"),
+        (7004, "", "crashed", "rank 1 ended without a word; rank 0: RuntimeError: "),
+        (1, "kill rank 0", "crashed", "rank 0 ended without a word; rank 1: RuntimeError: "),
+        (7002, "kill rank 0", "crashed", "rank 0 ended without a word; deepspeed ended the others by SIGTERM"),
+        (1, "Ctrl-C", "interrupted", "stopped by SIGINT before it finished"),
+        (7002, "SIGTERM", "interrupted", "stopped by SIGTERM before it finished"),
+    ],
+)
+def test_how_the_users_own_deepspeed_run_ended(tmp_path: Path, seed: int, act: str, status: str, reason: str) -> None:
+    run = UserStarted(tmp_path, seed, *(["train.steps=100000"] if act else []), port=29633)
+    if act:
+        ranks = run.ranks()
+        assert len(ranks) == 2
+        launch = ranks[0].parent()
+        time.sleep(1.5)  # to where the sabotaged hang
+        if act == "Ctrl-C":
+            os.killpg(run.process.pid, signal.SIGINT)
+        elif act == "SIGTERM":
+            assert launch
+            launch.terminate()
+        else:
+            next(rank for rank in ranks if rank.environ()["RANK"] == act[-1]).kill()
+        psutil.wait_procs(ranks, timeout=30)
+        assert not any(rank.is_running() for rank in ranks)
+    attempt = run.end()
+    found = attempt.status()
+    assert (found["status"], found["reason"][: len(reason)]) == (status, reason), (tmp_path / "output.txt").read_text()
+    assert ("rank 1 says so below Python" in attempt.log_file.read_text()) == (seed == 7003)
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])

@@ -412,9 +412,9 @@ def test_a_result_outweighs_how_the_processes_ended(tmp_path: Path) -> None:
     assert judge(Attempt(tmp_path), Remains([LOST], [1], [1], []), exit_status=247) == Outcome("ok")
 
 
-def test_ranks_that_never_began_are_named(tmp_path: Path) -> None:
+def test_a_rank_that_never_began_is_named(tmp_path: Path) -> None:
     outcome = judge(Attempt(tmp_path), Remains(STOPPED[:1], [1], [], absent=[1]))
-    assert outcome == Outcome("crashed", "rank 1 failed to begin; log.txt or the terminal says why")
+    assert outcome == Outcome("crashed", "rank 1 ended without a word; deepspeed ended the others by SIGTERM")
 
 
 def test_what_ranks_left_is_read_from_their_files(tmp_path: Path) -> None:

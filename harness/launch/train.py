@@ -37,16 +37,11 @@ def main(argv: Sequence[str]) -> int:
 
 def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
     """Run an attempt, draw its pictures and mirror it to wandb; the exit status."""
-    from harness.breakdown import finish_pictures, start_pictures  # numpy, which --help can do without
-    from harness.record.tracking import finish_mirrors
+    from harness.breakdown import draw_and_finish  # numpy, which --help can do without
 
     print(f"{config.model.name} {config.slug} m={config.num_micro_batches}: {attempt.path}", flush=True)
     outcome, mirror = run_and_mirror(attempt, config, machine, echo=True)
-    pictures = start_pictures(attempt)
-    for warning in finish_mirrors([mirror], config.tracking.wandb.timeout_seconds):
-        print(f"warning: {warning}", file=sys.stderr)
-    for warning in finish_pictures([pictures]):
-        print(f"warning: {warning}", file=sys.stderr)
+    draw_and_finish(attempt, mirror)
     return exit_status(attempt, outcome)
 
 

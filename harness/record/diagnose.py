@@ -126,11 +126,9 @@ def _by_silence(remains: Remains, oom_killed: bool) -> Outcome | None:
     if not remains.errors:
         return None
     evidence = _error_reason(remains.errors)[:200]
-    if stopped := remains.telling:  # by deepspeed, when a rank is gone, or else from outside
+    if stopped := remains.telling:  # by deepspeed, when a rank is gone or failed to begin, or else from outside
         name = str(stopped[0]["signal"])
-        if not remains.gone and remains.absent and name == "SIGTERM":
-            return Outcome("crashed", f"{name_ranks(remains.absent)} failed to begin; log.txt or the terminal says why")
-        if not remains.gone:
+        if not remains.gone and not (remains.absent and name == "SIGTERM"):
             return Outcome("interrupted", f"stopped by {name} before it finished")
         evidence = f"deepspeed ended the others by {name}"
     if not remains.silent:

@@ -9,27 +9,44 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import io
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
 from harness.errors import ConfigError
 from harness.machine import detect_machine, peak_resident_bytes
+from harness.record.diagnose import Outcome, Remains, count_oom_kills, exit_status, judge, read_remains, record
 from harness.record.heartbeat import DONE, Heart
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
 
 TASKS = {"train": "harness.run.train", "verify": "harness.run.verify", "comm_bench": "harness.run.comm_bench"}
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
 
+STOPS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+ERROR_SECONDS = 3.0
+"""For others to report, when all that a rank knows is that it lost one."""
+
 
 def main(argv: list[str]) -> None:
     """Run this rank on a prepared attempt."""
-    task = argv[1] if len(argv) > 1 else "train"
-    _finish(_run_and_report(Attempt(Path(argv[0])), task))
+    attempt, task, rank = Attempt(Path(argv[0])), argv[1] if len(argv) > 1 else "train", int(os.environ["RANK"])
+    _print_whole_lines()
+    try:
+        Heart(attempt.path, rank).phase("joining the other ranks")
+        initialize_distributed()
+        _run(attempt, task, rank)
+    except BaseException as error:
+        _report(attempt, rank, error)
+        _finish(1)
+    _finish(0)
 
 
 def main_started_by_user(prepare: Callable[[], Path]) -> None:
@@ -46,18 +63,119 @@ def main_started_by_user(prepare: Callable[[], Path]) -> None:
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(2)  # the launcher ends the other ranks
-    import torch.distributed as dist
+    _print_whole_lines()
+    _UnwatchedRank(rank, path).run()
 
-    initialize_distributed()
-    shared = [str(path)]
-    dist.broadcast_object_list(shared, src=0)
-    attempt = Attempt(Path(shared[0]))
-    with _copy_of_output(attempt.log_file) if rank == 0 else contextlib.nullcontext():
-        status = _run_and_report(attempt)
-        if rank == 0:
-            attempt.write_status("ok" if status == 0 else "crashed", None if status == 0 else "see errors/ and log.txt")
-            _draw_and_mirror(attempt)
-    _finish(status)
+
+def _run(attempt: Attempt, task: str, rank: int) -> None:
+    """Do the task, the other ranks having joined."""
+    heart = Heart(attempt.path, rank)
+    heart.phase(f"importing {TASKS[task]}")
+    run = getattr(importlib.import_module(TASKS[task]), task)
+    run(attempt, attempt.config(), rank)
+    heart.phase(DONE)
+
+
+class _Stopped(BaseException):
+    """A signal told this process to end."""
+
+
+class _UnwatchedRank:
+    """A rank of a run that the user's own `deepspeed` started.
+
+    No process of the harness watches it and outlives it. So each rank that fails judges the run by what all have left
+    by then; the last one knows most. `deepspeed` notices the first rank that ends within a second, and ends the others
+    by SIGTERM.
+
+    Args:
+        path: folder of the attempt; known to rank 0.
+    """
+
+    def __init__(self, rank: int, path: Path | None) -> None:
+        self._rank = rank
+        self._attempt = Attempt(path) if path is not None else None
+        self._copies: list[subprocess.Popen[bytes]] = []
+        self._ending = threading.Lock()
+        self._oom_kills = count_oom_kills()
+        _call_when_told_to_stop(self._fail)
+
+    def run(self) -> NoReturn:
+        """Train, and end."""
+        try:
+            attempt = self._join()
+            _run(attempt, "train", self._rank)
+            if self._rank == 0:
+                record(attempt, Outcome("ok"))
+                _draw_and_mirror(attempt)
+        except BaseException as error:
+            self._fail(error)
+        _finish(0, self._copies)
+
+    def _join(self) -> Attempt:
+        """Meet the other ranks and learn which attempt it is; from here on it is all in log.txt."""
+        if self._attempt is not None:
+            Heart(self._attempt.path, self._rank).phase("joining the other ranks")
+        import torch.distributed as dist
+
+        initialize_distributed()
+        shared = [str(self._attempt.path) if self._attempt is not None else ""]
+        dist.broadcast_object_list(shared, src=0)
+        attempt = Attempt(Path(shared[0]))
+        self._copies = _copy_output(attempt.log_file)
+        self._attempt = attempt
+        return attempt
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Report, judge the run, and end; the first of two threads that come here does."""
+        self._ending.acquire()
+        try:
+            if self._attempt is not None:
+                # A child that is started from here is not ended by deepspeed.
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+                _report(self._attempt, self._rank, error)
+                self._conclude(self._attempt)
+            elif not isinstance(error, _Stopped):
+                traceback.print_exception(error)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            _finish(1, self._copies)
+
+    def _conclude(self, attempt: Attempt) -> None:
+        """Write how the run ended, as far as it is known by now."""
+        remains = self._remains(attempt)
+        outcome = judge(attempt, remains, oom_killed=count_oom_kills() > self._oom_kills)
+        record(attempt, outcome)
+        if self._rank == 0:
+            exit_status(attempt, outcome)
+            if outcome.status not in ("ok", "interrupted"):
+                _draw_and_mirror(attempt)
+
+    def _remains(self, attempt: Attempt) -> Remains:
+        """What all ranks left, waiting a moment while nothing shows why they lost each other."""
+        deadline, world_size = time.monotonic() + ERROR_SECONDS, int(os.environ["WORLD_SIZE"])
+        while not (remains := read_remains(attempt, world_size)).has_cause and remains.silent:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return remains
+
+
+def _call_when_told_to_stop(act: Callable[[BaseException], object]) -> None:
+    """Call `act` from a thread of its own at the first signal to stop: the main thread may be deep in C++."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while (number := os.read(told, 1)[0]) not in STOPS:
+            pass
+        act(_Stopped(signal.Signals(number).name))
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def initialize_distributed() -> None:
@@ -82,23 +200,12 @@ def initialize_distributed() -> None:
     gc.freeze()  # DeepSpeed collects garbage while it builds an engine: each time 0.3 s over all that was imported
 
 
-def _run_and_report(attempt: Attempt, task: str = "train") -> int:
-    """Exit status of the rank; a failure is written to errors/ for whoever judges the run."""
-    rank = int(os.environ["RANK"])
-    try:
-        heart = Heart(attempt.path, rank)
-        heart.phase("joining the other ranks")
-        initialize_distributed()
-        heart.phase(f"importing {TASKS[task]}")
-        run = getattr(importlib.import_module(TASKS[task]), task)
-        run(attempt, attempt.config(), rank)
-        heart.phase(DONE)
-    except BaseException as error:
-        attempt.error_file(rank).parent.mkdir(exist_ok=True)
-        write_json(attempt.error_file(rank), describe_error(rank, error))
-        traceback.print_exc()
-        return 1
-    return 0
+def _report(attempt: Attempt, rank: int, error: BaseException) -> None:
+    """Leave what ended this rank in errors/, for whoever judges the run."""
+    attempt.error_file(rank).parent.mkdir(exist_ok=True)
+    write_json(attempt.error_file(rank), describe_error(rank, error))
+    if not isinstance(error, _Stopped):
+        traceback.print_exception(error)
 
 
 def _peak_memory_bytes() -> int:
@@ -112,65 +219,61 @@ def _peak_memory_bytes() -> int:
 def describe_error(rank: int, error: BaseException) -> dict[str, Any]:
     """What a rank leaves behind when it fails."""
     text = str(error)
-    return {
+    description = {
         "rank": rank,
         "type": type(error).__name__,
         "message": text,
         "oom": isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__} {text}") is not None,
         "peak_memory_bytes": _peak_memory_bytes(),
         "time": time.time(),
-        "traceback": traceback.format_exc(),
+        "traceback": "".join(traceback.format_exception(error)),
     }
+    return description | {"signal": text} if isinstance(error, _Stopped) else description
 
 
-def _finish(status: int) -> None:
-    """End at once: the result is on disk, and an orderly interpreter shutdown takes seconds."""
+def _print_whole_lines() -> None:
+    """One write for each line, so that the lines of ranks don't mix."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
+def _copy_output(path: Path) -> list[subprocess.Popen[bytes]]:
+    """Append what this process prints, in Python or not, to a log too; the children that do it outlive its crash."""
+    copies = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # inherited: they end with the last line, not before
+    for descriptor in (1, 2):
+        copy = subprocess.Popen(["tee", "-a", str(path)], stdin=subprocess.PIPE, stdout=descriptor)
+        assert copy.stdin
+        os.dup2(copy.stdin.fileno(), descriptor)
+        copy.stdin.close()
+        copies.append(copy)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return copies
+
+
+def _finish(status: int, copies: Sequence[subprocess.Popen[bytes]] = ()) -> NoReturn:
+    """End at once: the result is on disk, and an orderly interpreter shutdown takes seconds.
+
+    Args:
+        copies: children of `_copy_output`, which write out what they have.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for copy, descriptor in zip(copies, (1, 2), strict=False):
+        os.dup2(nowhere, descriptor)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            copy.wait(timeout=5)
     os._exit(status)
 
 
-@contextlib.contextmanager
-def _copy_of_output(path: Path) -> Any:
-    """Keep what this rank prints in log.txt too."""
-    with (
-        path.open("a") as log,
-        contextlib.redirect_stdout(_Tee(sys.stdout, log)),
-        contextlib.redirect_stderr(_Tee(sys.stderr, log)),
-    ):
-        yield
-
-
-class _Tee:
-    """A text stream that writes to two."""
-
-    def __init__(self, first: IO[str], second: IO[str]) -> None:
-        self._streams = (first, second)
-
-    def write(self, text: str) -> int:
-        for stream in self._streams:
-            stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        for stream in self._streams:
-            stream.flush()
-
-    def isatty(self) -> bool:
-        return self._streams[0].isatty()
-
-
 def _draw_and_mirror(attempt: Attempt) -> None:
-    """Draw the finished run's pictures and write it to wandb, from child processes under time limits."""
-    from harness.breakdown import finish_pictures, start_pictures
-    from harness.record.tracking import finish_mirrors, start_mirror
+    """Draw the run's pictures and write it to wandb, from child processes under time limits."""
+    from harness.breakdown import draw_and_finish
+    from harness.record.tracking import start_mirror
 
-    pictures = start_pictures(attempt)
-    timeout = attempt.config().tracking.wandb.timeout_seconds
-    for warning in finish_mirrors([start_mirror(attempt)], timeout):
-        print(f"warning: {warning}", file=sys.stderr)
-    for warning in finish_pictures([pictures]):
-        print(f"warning: {warning}", file=sys.stderr)
+    draw_and_finish(attempt, start_mirror(attempt))
 
 
 if __name__ == "__main__":
