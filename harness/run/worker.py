@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import ConfigError
 from harness.machine import detect_machine
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
+from harness.secrets import hide, variables
 
 TASKS = {"train": "harness.run.train", "verify": "harness.run.verify", "comm_bench": "harness.run.comm_bench"}
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
@@ -81,14 +83,28 @@ def _run_and_report(attempt: Attempt, task: str = "train") -> int:
     rank = int(os.environ["RANK"])
     try:
         initialize_distributed()
+        config = attempt.config()
+        keep_secrets(variables(config.deepspeed))
         run = getattr(importlib.import_module(TASKS[task]), task)
-        run(attempt, attempt.config(), rank)
+        run(attempt, config, rank)
     except BaseException as error:
+        secrets = variables(attempt.raw_config())
         attempt.error_file(rank).parent.mkdir(exist_ok=True)
-        write_json(attempt.error_file(rank), describe_error(rank, error))
-        traceback.print_exc()
+        write_json(attempt.error_file(rank), hide(describe_error(rank, error), secrets))
+        print(hide(traceback.format_exc(), secrets), file=sys.stderr)
         return 1
     return 0
+
+
+def keep_secrets(names: Collection[str]) -> None:
+    """Keep DeepSpeed, which may print its configuration, from printing the values of environment variables."""
+
+    def hide_them(record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage(), names), ()
+        return True
+
+    if names:
+        logging.getLogger("DeepSpeed").addFilter(hide_them)
 
 
 def _peak_memory_bytes() -> int:
