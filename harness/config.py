@@ -287,7 +287,7 @@ class RunConfig(Section):
     comm_bench: CommBench
     results_dir: str
     deepspeed: dict[str, Any]
-    """DeepSpeed settings merged last into ds_config.json."""
+    """DeepSpeed settings merged last into ds_config.json; each rank fills in `${oc.env:NAME}` (`harness.secrets`)."""
 
     @property
     def num_micro_batches(self) -> int:

@@ -90,6 +90,12 @@ OVERRIDES = [
     ("train", "launch.memory_limit_bytes=1.5", "launch.memory_limit_bytes=1.5 is not valid"),
     ("train", "launch.master_port=70000", "launch.master_port=70000 is not valid"),
     ("train", "train=5", "train=5 is not available"),
+    # secrets
+    ("train", "+deepspeed.comet={api_key:abc}", "api_key is given a secret, which would be written to files; put it"),
+    ("sweep", "deepspeed.comet.api_key=abc parallel.tp=1,2", "deepspeed.comet.api_key is given a secret"),
+    ("sweep", "sweep.points=['deepspeed.comet.api_key=abc']", "deepspeed.comet.api_key is given a secret"),
+    ("train", "'tracking.wandb.entity=${oc.env:PATH}'", "tracking.wandb.entity='${oc.env:PATH}' would be written"),
+    ("sweep", "'sweep.name=${oc.env:PATH}'", "sweep.name='${oc.env:PATH}' is not a folder name"),
     # what does not fit together
     ("train", "parallel.tp=3", "can't be split over parallel.tp=3; use tp 1, 2, 4 or 8"),
     ("train", "parallel.pp=5", "parallel.pp=5 stages exceed"),

@@ -18,9 +18,11 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from harness.config import REPOSITORY
 from harness.errors import ConfigError
+from harness.secrets import refuse_typed_out, settle
 
 CONF = REPOSITORY / "conf"
 
@@ -95,8 +97,27 @@ def open_deepspeed(overrides: Sequence[str]) -> list[str]:
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """Built-in containers, interpolations resolved, without Hydra's own node."""
-    return cast("dict[str, Any]", OmegaConf.to_container(_without_hydra(config), resolve=True))
+    """Built-in containers, interpolations resolved, without Hydra's own node; `${oc.env:NAME}` as `settle` does.
+
+    Raises:
+        ConfigError: as `settle`.
+    """
+    with environment_as_text():
+        return settle(cast("dict[str, Any]", OmegaConf.to_container(_without_hydra(config), resolve=True)))
+
+
+@contextmanager
+def environment_as_text() -> Iterator[None]:
+    """Within this context `${oc.env:NAME}` resolves to itself where the variable is set, else to its default."""
+
+    def leave(name: str, *default: Any) -> str | None:
+        return f"${{oc.env:{name}}}" if name in os.environ else oc.env(name, *default)
+
+    OmegaConf.register_new_resolver("oc.env", leave, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def _load(overrides: list[str], config_name: str = "config") -> DictConfig:
@@ -134,6 +155,7 @@ def one_sentence(overrides: Sequence[str], load: Load | None = None) -> Iterator
         overrides: what was asked for.
         load: to look up the keys there are.
     """
+    refuse_typed_out(overrides)
     try:
         yield
     except ConfigError:

@@ -43,6 +43,7 @@ from harness.record.diagnose import (
 from harness.record.heartbeat import FOLDER as HEARTBEATS
 from harness.record.heartbeat import Heartbeat, describe, read_heartbeats
 from harness.record.store import Attempt, environment
+from harness.secrets import variables
 
 WORKER = "harness.run.worker"
 """Module that a rank runs."""
@@ -133,7 +134,8 @@ def command(attempt: Attempt, config: RunConfig, machine: Machine, port: int, ta
 
 def child_environment(config: RunConfig, machine: Machine) -> dict[str, str]:
     """This process's environment without another job's ranks, and with what the ranks need."""
-    inherited = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
+    named = variables(config.deepspeed)
+    inherited = {name: value for name, value in os.environ.items() if name in named or not INHERITED.match(name)}
     python_path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     return inherited | {
         "DS_ACCELERATOR": machine.device_kind,

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from harness.breakdown import finish_pictures, start_pictures
 from harness.config import REPOSITORY, RunConfig, check_sweep_name, load_config
 from harness.errors import ConfigError
-from harness.launch.compose import Composer, open_deepspeed, run_hydra
+from harness.launch.compose import Composer, environment_as_text, open_deepspeed, run_hydra
 from harness.launch.preview import Decision, decide, expected_seconds, print_preview
 from harness.launch.process import end_marked, stop_signals
 from harness.launch.slots import Slots
@@ -41,6 +41,7 @@ from harness.record.metrics import is_sound, point_row
 from harness.record.report import print_report, write_report
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
 from harness.record.tracking import finish_mirrors, start_mirrors
+from harness.secrets import refuse_typed_out
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -91,7 +92,8 @@ def sweep_directory(config: Mapping[str, Any]) -> SweepDirectory:
     Raises:
         ConfigError: its name is not a folder's.
     """
-    name = config["sweep"]["name"]
+    with environment_as_text():
+        name = config["sweep"]["name"]
     name = str(name) if type(name) is int else name  # 2024
     check_sweep_name(name)
     return SweepDirectory(str(config["results_dir"] or REPOSITORY / "results"), name)
@@ -199,12 +201,13 @@ def run_batch(
         first: nothing was run before; then a batch without a point that can run leaves no trace.
 
     Raises:
-        ConfigError: the sweep's folder can't be written, or belongs to a running sweep.
+        ConfigError: the sweep's folder can't be written or belongs to a running sweep, or a secret is typed out.
         KeyboardInterrupt: stopped by a signal, after everything was ended and reported.
     """
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    refuse_typed_out(itertools.chain(*batch))  # here it ends the sweep, below it would be a row
     machine = detect_machine()
     candidates = check_points(batch, composer, machine)
     if first and not any(candidate.config for candidate in candidates):

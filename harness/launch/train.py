@@ -19,13 +19,13 @@ from harness.launch.compose import compose, plain, run_hydra
 from harness.machine import Machine, detect_machine
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, SweepDirectory, environment, write_atomically
+from harness.secrets import PLACES
 
 if TYPE_CHECKING:
     from harness.corpus import Corpus
     from harness.record.diagnose import Outcome
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATHS = ("data.path", "data.tokenizer", "model.path", "results_dir", "train.resume")
 RUNS = "runs"
 """Folder of single runs under results_dir."""
 
@@ -187,7 +187,7 @@ def _from_root(override: str) -> str:
     """A path that was given from another folder, made absolute."""
     key, _, value = override.partition("=")
     path = Path(value)
-    if key in PATHS and Path.cwd() != REPOSITORY and not path.is_absolute() and path.exists():
+    if key in PLACES and Path.cwd() != REPOSITORY and not path.is_absolute() and path.exists():
         return f"{key}={path.resolve()}"
     return override
 

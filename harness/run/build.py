@@ -36,6 +36,7 @@ from harness.record.heartbeat import Phase, no_phase
 from harness.run.clipping import global_gradient_norm, scale_gradients
 from harness.run.deepspeed_config import build_deepspeed_config, clips_by_itself
 from harness.run.optimizer import build_learning_rate, build_optimizer
+from harness.secrets import fill_in
 from harness.topology import Topology
 
 
@@ -88,7 +89,7 @@ class Training:
     tp: TensorParallel
     blocks_per_stage: list[int]
     settings: dict[str, Any]
-    """The DeepSpeed configuration."""
+    """The DeepSpeed configuration, secrets left out."""
     gradient_norm: torch.Tensor | None = None
     """Global norm of the last step before clipping, where the harness clips."""
 
@@ -155,7 +156,7 @@ def build_training(
             model=module,
             optimizer=optimizer,
             lr_scheduler=build_learning_rate(config.train, optimizer),
-            config=settings,
+            config=fill_in(settings),
         )
     training = Training(engine, module, topology, tp, blocks, settings)
     if config.model.dropout > 0:

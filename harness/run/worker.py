@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from harness.machine import detect_machine, peak_resident_bytes
 from harness.record.diagnose import Outcome, Remains, count_oom_kills, exit_status, judge, read_remains, record
 from harness.record.heartbeat import DONE, Heart
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
+from harness.secrets import hide, variables
 
 TASKS = {"train": "harness.run.train", "verify": "harness.run.verify", "comm_bench": "harness.run.comm_bench"}
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
@@ -72,7 +74,9 @@ def _run(attempt: Attempt, task: str, rank: int) -> None:
     heart = Heart(attempt.path, rank)
     heart.phase(f"importing {TASKS[task]}")
     run = getattr(importlib.import_module(TASKS[task]), task)
-    run(attempt, attempt.config(), rank)
+    config = attempt.config()
+    keep_secrets(variables(config.deepspeed))
+    run(attempt, config, rank)
     heart.phase(DONE)
 
 
@@ -202,10 +206,22 @@ def initialize_distributed() -> None:
 
 def _report(attempt: Attempt, rank: int, error: BaseException) -> None:
     """Leave what ended this rank in errors/, for whoever judges the run."""
+    secrets = variables(attempt.raw_config())
     attempt.error_file(rank).parent.mkdir(exist_ok=True)
-    write_json(attempt.error_file(rank), describe_error(rank, error))
+    write_json(attempt.error_file(rank), hide(describe_error(rank, error), secrets))
     if not isinstance(error, _Stopped):
-        traceback.print_exception(error)
+        print(hide("".join(traceback.format_exception(error)), secrets), file=sys.stderr)
+
+
+def keep_secrets(names: Collection[str]) -> None:
+    """Keep DeepSpeed, which may print its configuration, from printing the values of environment variables."""
+
+    def hide_them(record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage(), names), ()
+        return True
+
+    if names:
+        logging.getLogger("DeepSpeed").addFilter(hide_them)
 
 
 def _peak_memory_bytes() -> int:

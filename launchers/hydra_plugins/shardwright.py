@@ -47,7 +47,7 @@ class ShardwrightSweeper(Sweeper):
     """The product of all swept keys and `sweep.points`, in one batch that the launcher checks as a whole."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
-        self.params = params
+        pass
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher."""
@@ -58,12 +58,15 @@ class ShardwrightSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Expand the request and run it."""
+        from harness.launch.compose import environment_as_text
         from harness.launch.sweep import expand
 
         assert self.config is not None
         assert self.hydra_context is not None
         assert self.launcher is not None
-        grid = expand(arguments, self.params, self.config.sweep.points, self.hydra_context.config_loader)
+        with environment_as_text():  # `__init__` got the values
+            params, points = self.config.hydra.sweeper.params, self.config.sweep.points
+            grid = expand(arguments, params, points, self.hydra_context.config_loader)
         return [self.launcher.launch(grid, initial_job_idx=0)]
 
 

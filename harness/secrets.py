@@ -1,0 +1,125 @@
+"""Secrets, which stand in no file: they come from the environment, and their text `${oc.env:NAME}` is what is written.
+
+Only DeepSpeed has a use for secrets (the key of a monitor, say). So the text of a value in `deepspeed.*` travels as it
+is, and each rank fills it in from its own environment when it builds the engine. What names a place is no secret and
+is filled in at once. Any other value from the environment is refused, and so is a secret that is typed out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from harness.errors import ConfigError
+
+PLACES = ("data.path", "data.tokenizer", "model.path", "results_dir", "train.resume")
+"""Keys that hold paths."""
+OVERRIDES = "sweep.points"
+"""Overrides of points, whose values are settled when each is composed."""
+
+VARIABLE = re.compile(r"\$\{oc\.env:([^{}]+)\}")
+SECRET = r"[\w\-]*(?:(?:api|access|private|secret)[_\-]?key|secret|token|password|passwd|passphrase|credentials?)"
+"""Names of keys that hold secrets."""
+# Such a name in an override, and the begin of a value that is neither null, a flag nor an interpolation.
+TYPED_OUT = re.compile(
+    rf"(?<![\w\-.])((?:[\w\-]+\.)*{SECRET})['\"]?\s*[=:]\s*['\"\\]*(?!(?:null|none|true|false)\b|[^\s,]*\$\{{)[^\s'\"\\,}}\]]",
+    re.IGNORECASE,
+)
+SHORTEST = 4
+"""Characters of a value that is hidden in texts; shorter ones are no secrets, and half a text would go with them."""
+
+
+def refuse_typed_out(overrides: Iterable[str]) -> None:
+    """Refuse overrides that hold a secret, wherever in their text, before anything repeats it.
+
+    Raises:
+        ConfigError: it names the key, not the value.
+    """
+    for override in overrides:
+        if found := TYPED_OUT.search(override):
+            raise _typed_out(found[1])
+
+
+def settle(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A composed configuration with its places filled in.
+
+    Args:
+        raw: in which `${oc.env:NAME}` stands for values from the environment.
+
+    Raises:
+        ConfigError: a secret is typed out, or a value from the environment would be written to files.
+    """
+
+    def settled(key: str, value: Any) -> Any:
+        if not isinstance(value, str) or not VARIABLE.search(value):
+            if _is_secret(key) and value not in (None, "", True, False):
+                raise _typed_out(key)
+            return value
+        if key in PLACES:
+            return fill_in(value)
+        if key.startswith("deepspeed.") or key == OVERRIDES:
+            return value
+        raise ConfigError(
+            f"{key}={value!r} would be written to files; only deepspeed.* and {', '.join(PLACES)} take values from "
+            f"the environment: give {key} its value"
+        )
+
+    return dict(_map(raw, settled))
+
+
+@lru_cache(maxsize=4096)
+def _is_secret(key: str) -> bool:
+    return any(re.fullmatch(SECRET, part, re.IGNORECASE) for part in key.split("."))
+
+
+def _typed_out(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key} is given a secret, which would be written to files; put it into an environment variable, and write "
+        f"{key}='${{oc.env:NAME}}' with the name of that variable"
+    )
+
+
+def variables(value: Any) -> set[str]:
+    """Environment variables that containers refer to."""
+    names = set[str]()
+    _map(value, lambda _, leaf: names.update(VARIABLE.findall(leaf)) if isinstance(leaf, str) else None)
+    return names
+
+
+def fill_in(value: Any) -> Any:
+    """A copy of containers or a text in which values from the environment stand instead of `${oc.env:NAME}`.
+
+    Raises:
+        ConfigError: a variable is not set.
+    """
+
+    def look_up(variable: re.Match[str]) -> str:
+        if variable[1] not in os.environ:
+            raise ConfigError(f"{variable[0]} names a variable that is not in the environment; set {variable[1]}")
+        return os.environ[variable[1]]
+
+    return _map(value, lambda _, leaf: VARIABLE.sub(look_up, leaf) if isinstance(leaf, str) else leaf)
+
+
+def hide(value: Any, names: Iterable[str]) -> Any:
+    """A copy of containers or a text in which `${oc.env:NAME}` stands instead of the values of variables."""
+    hidden = {os.environ[name]: f"${{oc.env:{name}}}" for name in names if len(os.environ.get(name, "")) >= SHORTEST}
+
+    def hide_in(_: str, leaf: Any) -> Any:
+        for secret in sorted(hidden, key=len, reverse=True) if isinstance(leaf, str) else ():
+            leaf = leaf.replace(secret, hidden[secret])
+        return leaf
+
+    return _map(value, hide_in)
+
+
+def _map(value: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:
+    """A copy of containers whose leaves are changed; `change` gets the dotted key (of a list, for its elements)."""
+    if isinstance(value, Mapping):
+        return {name: _map(child, change, f"{key}.{name}" if key else str(name)) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_map(child, change, key) for child in value]
+    return change(key, value)
