@@ -24,7 +24,8 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 """What a rank says that lost another."""
-DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[\w+\] ")
+DEEPSPEED_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[\w+\] |\x1b\[93m \[WARNING\] ")
+"""Its log, and on GPUs the operations that it can't build."""
 ERROR_LINE = re.compile(r"(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)\b")
 
 
