@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,19 @@ def test_every_mark_is_progress(tmp_path: Path) -> None:
         heart.phase("all_reduce of 1024 bytes along tp")
         seen.append(read_heartbeats(tmp_path))
     assert seen[0] != seen[1] != seen[2]
+
+
+def test_imports_are_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+    heart = Heart(tmp_path, 0)
+    heart.beat_with_imports()
+    heart.mark(3, 1, 1, b"forward")
+    before = read_heartbeats(tmp_path)[0]
+    with pytest.raises(ImportError):
+        importlib.import_module("no_module_of_that_name")
+    after = read_heartbeats(tmp_path)[0]
+    assert after.moment_ns > before.moment_ns
+    assert str(after) == str(before) == "after forward of micro-batch 1, step 3"
 
 
 def test_a_name_that_is_too_long_is_cut(tmp_path: Path) -> None:

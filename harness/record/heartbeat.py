@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ FOLDER = "heartbeat"
 """Inside an attempt."""
 MARK = struct.Struct("<qqqq64s")
 """Monotonic nanoseconds, step (from 1; 0: not an instruction), micro-batch (from 0), place in STANDS, what is done."""
+MOMENT = struct.Struct("<q")
+"""The beginning of a MARK."""
 STANDS = ("in", "after", "enqueuing", "after enqueuing")
 """How far a rank is with it. Instructions of a GPU are enqueued; when they run, the host does not know."""
 DONE = "the end"
@@ -79,6 +83,24 @@ class Heart:
     def mark(self, step: int, micro_batch: int, stands: int, what: bytes) -> None:
         """Note where the rank stands now."""
         MARK.pack_into(self._view, 0, time.monotonic_ns(), step, micro_batch, stands, what)
+
+    def go_on(self) -> None:
+        """Note progress where the rank stands."""
+        MOMENT.pack_into(self._view, 0, time.monotonic_ns())
+
+    def beat_with_imports(self) -> None:
+        """Make every module that is imported from now on progress: together they take minutes from a slow disk."""
+        sys.meta_path.insert(0, _ImportsBeat(self))
+
+
+class _ImportsBeat(MetaPathFinder):
+    """Is asked for each module first, and finds none."""
+
+    def __init__(self, heart: Heart) -> None:
+        self._heart = heart
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        self._heart.go_on()
 
 
 def _file(attempt: Path, rank: int) -> Path:

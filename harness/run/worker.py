@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
     attempt, task, rank = Attempt(Path(argv[0])), argv[1] if len(argv) > 1 else "train", int(os.environ["RANK"])
     _print_whole_lines()
     try:
-        Heart(attempt.path, rank).phase("joining the other ranks")
+        heart = Heart(attempt.path, rank)
+        heart.beat_with_imports()
+        heart.phase("joining the other ranks")
         initialize_distributed()
         _run(attempt, task, rank)
     except BaseException as error:
