@@ -209,13 +209,18 @@ class UserStarted:
         command = [launcher, "--num_gpus", "2", "--master_port", str(port), LAUNCHERS / "train.py", "parallel.pp=2"]
         request = [*RUN, "data=synthetic", f"results_dir={folder}", f"train.seed={seed}", *overrides]
         memory_limit = (1_600_000_000, resource.getrlimit(resource.RLIMIT_DATA)[1])
+
+        def prepare() -> None:
+            resource.setrlimit(resource.RLIMIT_DATA, memory_limit)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells make background jobs ignore it
+
         self.folder = folder
         self.process = subprocess.Popen(
             [*command, "launch.threads_per_rank=1", *request],
             env=os.environ | {"PYTHONPATH": str(SABOTAGE), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             stdout=(folder / "output.txt").open("w"),
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, memory_limit),
+            preexec_fn=prepare,
             start_new_session=True,
         )
 
