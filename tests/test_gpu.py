@@ -71,7 +71,8 @@ def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> Non
     else:
         row = result["row"]
         assert row["last_loss"] < row["first_loss"] or "model.dropout=0.1" in overrides, overrides
-        assert 0 < row["peak_memory_bytes"] < 2**26  # of tensors on the device, not of the process
+        buckets = 2 * 2 * 500_000_000 if FP16[0] in overrides else 0  # that DeepSpeed reduces ZeRO's gradients in
+        assert 0 < row["peak_memory_bytes"] - buckets < 2**26  # of tensors on the device, not of the process
         assert row["gemm_utilization"] > 0
         assert all(accounting["closes"] for accounting in result["accounting"]), overrides
 
