@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from helpers import MACHINE, make_config
@@ -166,6 +166,10 @@ def test_ranks_inherit_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.child_environment(config, MACHINE)["MASTER_API_KEY"] == SECRET
 
 
+def end_with(status: int) -> NoReturn:
+    raise SystemExit(status)
+
+
 def test_a_rank_that_fails_tells_no_secret(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -186,9 +190,12 @@ def test_a_rank_that_fails_tells_no_secret(
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(worker, "initialize_distributed", lambda: None)
+    monkeypatch.setattr(worker, "_print_whole_lines", lambda: None)
+    monkeypatch.setattr(worker, "_finish", end_with)
     monkeypatch.setitem(worker.TASKS, "fail", __name__)
     monkeypatch.setattr(sys.modules[__name__], "fail", fail, raising=False)
-    assert worker._run_and_report(attempt, "fail") == 1
+    with pytest.raises(SystemExit, match="1"):
+        worker.main([str(attempt.path), "fail"])
     error = read_json(attempt.error_file(0)) or {}
     assert error["message"] == f"input_value='{TEXT}' is no flag"
     assert SECRET not in json.dumps(error) + "".join(capsys.readouterr()) + caplog.text
