@@ -149,9 +149,12 @@ def found_seconds(case: Case, measured: dict[Case, Measured]) -> float:
 
 def main() -> None:
     """Print the tables in Markdown."""
+    from benchmarks.circumstances import print_circumstances
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--normal-priority", action="store_true", help="without real-time priority")
     arguments = parser.parse_args()
+    print_circumstances()
     measured: dict[Case, Measured] = {}
     for p in STAGES:
         with tempfile.TemporaryDirectory() as folder:
