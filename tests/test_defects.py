@@ -66,6 +66,14 @@ def test_copies_that_differ_are_reported() -> None:
     assert not found.passed
 
 
+def test_cancelling_gradients_are_a_scale_and_no_excuse() -> None:
+    expected = {"w": torch.tensor([3.0, 4.0])}
+    found = compare("gradient", {"w @ stage 0": 1.1 * expected["w"]}, expected, 5e-2, cancelling={"w": 1.6})
+    assert found.error == pytest.approx(0.1 / 1.6)
+    assert not found.passed
+    assert compare("gradient", {"w @ stage 0": 1.1 * expected["w"]}, expected, 5e-2).error == pytest.approx(0.1)
+
+
 def ideal_pipeline(p: int, m: int) -> list[list[StageActivity]]:
     """Activities of 1F1B with forwards of 1 s and backwards of 2 s, by the closed formula of its makespan."""
     total = (m + p - 1) * 3
