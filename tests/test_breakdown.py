@@ -120,6 +120,7 @@ def test_trace_steps_beyond_the_run_are_refused() -> None:
         make_config("tracking.trace_steps=[3,21]")
 
 
+@pytest.mark.slow
 def test_real_models_close_their_accounts_and_show_what_is_inside_an_instruction(tmp_path: Path) -> None:
     common = ["train.steps=4", "train.sequence_length=64", "train.activation_checkpointing=full"]
     overrides = {

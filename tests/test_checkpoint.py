@@ -451,6 +451,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_checkpoint(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["train.steps=6", "train.checkpoint_interval=2", "tracking.wandb.mode=disabled"]
     assert main([*TINY, *options, "parallel.tp=2", f"results_dir={small_disk}"]) == 1

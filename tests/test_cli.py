@@ -151,6 +151,7 @@ if "RANK" in os.environ:
 """
 
 
+@pytest.mark.slow
 def test_verify_names_a_mismatch_and_exits_1(run: Run, tmp_path: Path) -> None:
     """Without Megatron's f, gradients are not summed over tensor-parallel ranks; the loss is right."""
     (tmp_path / "sitecustomize.py").write_text(NO_REDUCTION)
@@ -191,6 +192,7 @@ def test_ctrl_c_ends_a_sweep_with_its_ranks(tmp_path: Path) -> None:
     assert statuses == ["interrupted", "interrupted"]
 
 
+@pytest.mark.slow
 def test_the_users_own_deepspeed_is_refused_what_can_not_run(tmp_path: Path) -> None:
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [launcher, "--num_gpus", "1", "--master_port", "29631", LAUNCHERS / "train.py", "parallel.tp=2"]
@@ -243,6 +245,7 @@ class UserStarted:
         return Attempt(next(self.folder.glob("runs/points/*/attempt-1")))
 
 
+@pytest.mark.slow
 def test_the_users_own_deepspeed_run_out_of_memory_is_named(tmp_path: Path) -> None:
     run = UserStarted(tmp_path, 7001, "launch.hang_seconds=3000", port=29632)
     attempt = run.end()

@@ -68,6 +68,7 @@ class TestFit:
         json.dumps(flat.beta_bytes_per_second, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_groups_of_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small = ["comm_bench.min_bytes=1000", "comm_bench.max_bytes=16000", "comm_bench.repeats=2"]

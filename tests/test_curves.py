@@ -24,6 +24,7 @@ SGD = [
 GRID = list(product((1, 2), (1, 2), (1, 2, 4)))
 
 
+@pytest.mark.slow
 def test_sgd_curves_of_all_layouts_agree(tmp_path: Path) -> None:
     curves: dict[tuple[int, int, int], list[float]] = {}
     for world_size in (1, 2, 4):

@@ -50,6 +50,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_parity_check_reports_defect(name: str, reported: dict[str, list[str]]) -> None:
     kind = EXPECTED[name][1]

@@ -97,6 +97,7 @@ def test_a_sweep_on_gpus_goes_from_the_command_line_to_its_rows(tmp_path: Path) 
     assert status["environment"]["hardware"]["device_kind"] == "cuda"
 
 
+@pytest.mark.slow
 def test_the_users_own_deepspeed_runs_on_gpus(tmp_path: Path) -> None:
     arguments = [*SMALL, *BF16, "parallel.pp=2", f"results_dir={tmp_path}", "tracking.wandb.mode=disabled"]
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29641"]

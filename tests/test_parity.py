@@ -9,6 +9,7 @@ number of ranks share a launch: their engines are built one after the other in o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,25 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
     ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (4, 8))])
-def test_parity(world_size: int, tmp_path: Path) -> None:
-    every = plain_rows() + paired_rows() + fp16_rows() + emulated_rows() + shared_masks_rows()
+PARTS: dict[str, tuple[Callable[[], list[Row]], ...]] = {
+    "pairs": (paired_rows,),
+    "others": (plain_rows, fp16_rows, emulated_rows, shared_masks_rows),
+}
+PARTS["all"] = PARTS["pairs"] + PARTS["others"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "part"),
+    [
+        pytest.param(1, "all", id="1"),
+        pytest.param(2, "others", id="2"),
+        pytest.param(2, "pairs", id="2 pairs", marks=pytest.mark.slow),
+        pytest.param(4, "all", id="4", marks=pytest.mark.slow),
+        pytest.param(8, "all", id="8", marks=pytest.mark.slow),
+    ],
+)
+def test_parity(world_size: int, part: str, tmp_path: Path) -> None:
+    every = [row for rows in PARTS[part] for row in rows()]
     rows = [row for row in every if row[0][0] * row[0][1] * row[0][2] == world_size]
     answers = run_ranks(world_size, "ranks_parity", [overrides for _, overrides in rows], tmp_path, timeout=900)
     failures = [

@@ -138,6 +138,7 @@ def test_a_result_ends_the_attempt(attempt: Attempt, capfd: pytest.CaptureFixtur
     assert attempt.status()["environment"]["hardware"]["device_name"] == MACHINE.device_name
 
 
+@pytest.mark.slow
 def test_ranks_that_end_after_the_measurement_lose_nothing(attempt: Attempt) -> None:
     assert run(attempt, "measured") == Outcome("ok")
     assert attempt.result() == {"row": {"step_seconds": 1.0}, "missing": ["the rest"]}
@@ -148,6 +149,7 @@ def test_the_first_real_error_is_the_reason(attempt: Attempt) -> None:
     assert run(attempt, "crash") == Outcome("crashed", "rank 1: ValueError: the cause")
 
 
+@pytest.mark.slow
 def test_a_hanging_run_is_given_up_and_nothing_remains(attempt: Attempt) -> None:
     began = time.monotonic()
     outcome = run(attempt, "stubborn", "launch.timeout_seconds=10.0")
@@ -167,12 +169,14 @@ def test_ranks_that_make_no_progress_are_given_up(attempt: Attempt) -> None:
     assert "rank 0 is here" in attempt.status()["log_end"]
 
 
+@pytest.mark.slow
 def test_a_hang_before_the_first_instruction_is_given_up(attempt: Attempt) -> None:
     assert run(attempt, "stuck early", "launch.hang_seconds=2.0", "launch.timeout_seconds=30.0") == Outcome(
         "hang", "no progress for launch.hang_seconds=2; rank 0 in joining the other ranks; rank 1 yet to begin"
     )
 
 
+@pytest.mark.slow
 def test_a_lost_peer_is_not_the_reason_while_deepspeed_has_not_ended(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +198,7 @@ def test_of_several_ranks_that_are_gone_the_first_counts(attempt: Attempt) -> No
     assert (remains.gone, remains.silent) == ([1], [0, 1, 2])
 
 
+@pytest.mark.slow
 def test_a_killed_guard_leaves_nothing_and_is_no_success(attempt: Attempt) -> None:
     def kill() -> None:
         pids(attempt, rank=1)
@@ -261,6 +266,7 @@ def test_a_guard_limits_memory_and_cores() -> None:
     assert errors.endswith("MemoryError\n")
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_is_no_success(attempt: Attempt) -> None:
     def kill() -> None:
         os.kill(pids(attempt, rank=1)[1], signal.SIGKILL)
@@ -315,6 +321,7 @@ process.run_attempt(attempt, attempt.config(), detect_machine(), echo=False)
     assert running(attempt) == []
 
 
+@pytest.mark.slow
 def test_without_error_files_the_log_is_read(attempt: Attempt) -> None:
     assert run(attempt, "import") == Outcome("crashed", "ImportError: no module of that name")
 

@@ -32,6 +32,7 @@ def in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONITOR_API_KEY", SECRET)
 
 
+@pytest.mark.slow
 def test_a_sweep_hands_a_secret_to_deepspeed_and_writes_it_nowhere(tmp_path: Path) -> None:
     """With checkpoints, wandb's offline files, and DeepSpeed printing all of its configuration."""
     monitor = '{enabled: true, output_path: "${oc.env:MONITOR_FOLDER}", job_name: events}'
