@@ -31,8 +31,10 @@ CAPABILITIES = {
 PYTEST = "import pytest, sys, torch; print(torch.backends.cpu.get_cpu_capability()); sys.exit(pytest.main())"
 """Says first which kernels torch took."""
 
-ONE_PROCESS = ["test_loss.py", "test_model.py", "test_weights.py"]
-RANKS = [
+NUMERIC = [
+    "test_loss.py",
+    "test_model.py",
+    "test_weights.py",
     "test_tensor_parallel.py",
     "test_dropout.py",
     "test_parity.py::test_parity[1]",
@@ -40,12 +42,12 @@ RANKS = [
 ]
 
 
-@pytest.mark.parametrize("files", [ONE_PROCESS, pytest.param(RANKS, marks=pytest.mark.slow)], ids=["alone", "ranks"])
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_numbers_hold_with_the_kernels_of(capability: str, files: list[str]) -> None:
+def test_numbers_hold_with_the_kernels_of(capability: str) -> None:
     if capability == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor has no AVX2")
-    command = [sys.executable, "-c", PYTEST, "-q", "-p", "no:cacheprovider", *(f"tests/{file}" for file in files)]
+    command = [sys.executable, "-c", PYTEST, "-q", "-p", "no:cacheprovider", *(f"tests/{file}" for file in NUMERIC)]
     environment = os.environ | CAPABILITIES[capability]
     child = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-5000:] + child.stderr[-1000:]

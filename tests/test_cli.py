@@ -164,6 +164,7 @@ def test_verify_names_a_mismatch_and_exits_1(run: Run, tmp_path: Path) -> None:
     assert any("AdamW: loss" in line and "ok" in line for line in lines), done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_with_its_ranks(tmp_path: Path) -> None:
     request = ["parallel.dp=1,2", f"results_dir={tmp_path}", "sweep.name=long", *RUN, "train.steps=100000"]
     sweep = subprocess.Popen(

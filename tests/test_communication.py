@@ -90,6 +90,7 @@ def test_groups_of_a_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "parallel.dp=1: nothing to measure" in (tmp_path / "rank0.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -208,15 +208,18 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[flo
     return curves.__getitem__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpointing", "stages", "stages, checkpointing", "evaluated"])
 def test_same_masks_same_curve(name: str, losses: Callable[[str], list[float]]) -> None:
     assert len(losses("whole")) == 6
     assert losses(name) == pytest.approx(losses("whole"), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_masks_matter(losses: Callable[[str], list[float]]) -> None:
     assert losses("without") != pytest.approx(losses("whole"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resuming_repeats_the_masks(losses: Callable[[str], list[float]]) -> None:
     assert losses("resumed") == losses("whole")[3:]

@@ -160,6 +160,7 @@ def test_a_hanging_run_is_given_up_and_nothing_remains(attempt: Attempt) -> None
         assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_ranks_that_make_no_progress_are_given_up(attempt: Attempt) -> None:
     stood = "rank 0 in recv_gradient of micro-batch 0, step 3; rank 1 in backward of micro-batch 1, step 3"
     assert run(attempt, "stuck", "launch.hang_seconds=2.0") == Outcome(

@@ -12,6 +12,8 @@ from distributed import run_ranks
 SHORT = ["parallel.pp=2", "data=synthetic", "train.sequence_length=32"]
 EMULATED = ["parallel.pp=2", "data=synthetic", "model=emulated", "model.num_hidden_layers=2"]
 EMULATED += ["train.sequence_length=16", "train.global_batch_size=2", "train.micro_batch_size=1"]
+pytestmark = pytest.mark.slow
+
 RUNS = {
     "broken": [*SHORT, "train.steps=3"],
     "diverged": [*SHORT, "train.steps=4", "train.eval_interval=2", "train.eval_samples=2", "train.optimizer=sgd",
