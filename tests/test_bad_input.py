@@ -119,6 +119,10 @@ OVERRIDES = [
     ("sweep", "sweep.retry=[ok]", "sweep.retry.0='ok' is not valid"),
     ("sweep", "sweep.repeats=0", "sweep.repeats=0 is not valid"),
     ("sweep", "launch.slots=0", "launch.slots=0 is not valid"),
+    ("sweep", "launch.slots=1,2", "launch.slots=1,2: all points of a sweep share launch.slots; give it one value"),
+    ("sweep", "sweep.name=a,b", "all points of a sweep share sweep.name"),
+    ("sweep", "sweep=default,quickstart", "all points of a sweep share sweep"),
+    ("sweep", """'sweep.points=["launch.slots=2"]'""", "launch.slots=2 is no point's"),
     # names of sweeps
     ("sweep", "sweep.name=a/b", "sweep.name='a/b' is not a folder name"),
     ("sweep", "sweep.name=..", "sweep.name='..' is not a folder name"),

@@ -113,7 +113,7 @@ def expand(
         points: `sweep.points`, a list of strings of overrides.
 
     Raises:
-        ConfigError: values that can't be enumerated, or points of another form.
+        ConfigError: values that can't be enumerated, several of what all points share, or points of another form.
     """
     parser = OverridesParser.create(config_loader=config_loader)
     axes: dict[str, list[list[str]]] = {}
@@ -122,6 +122,8 @@ def expand(
         if not override.is_sweep_override():
             axes[key] = [[str(override.input_line)]]
             continue
+        if of_the_whole_sweep(key):
+            raise ConfigError(f"{override.input_line}: all points of a sweep share {key}; give it one value")
         try:
             axes[key] = [[f"{key}={value}"] for value in override.sweep_string_iterator()]
         except HydraException:
@@ -134,7 +136,15 @@ def expand(
         raise ConfigError(
             f"sweep.points={points} is no list of overrides; write sweep.points=['parallel.tp=2 parallel.pp=1','...']"
         ) from None
+    for setting in itertools.chain(*explicit):
+        if of_the_whole_sweep(setting.lstrip("+").partition("=")[0]):
+            raise ConfigError(f"{setting} is no point's: all points of a sweep share it; put it beside sweep.points")
     return [list(itertools.chain(*choice)) for choice in itertools.product(*axes.values(), explicit)]
+
+
+def of_the_whole_sweep(key: str) -> bool:
+    """Whether a key of the configuration has one value in a sweep."""
+    return key in ("launch.slots", "results_dir") or key.partition(".")[0] == "sweep"
 
 
 @dataclass(frozen=True)
