@@ -354,7 +354,7 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+        raise ConfigError(first_problem(error)) from None
     check(config, machine)
     return config
 
@@ -388,7 +388,7 @@ def _resolve_threads(launch: dict[str, Any], parallel: dict[str, Any], machine: 
     launch["threads_per_rank"] = max(1, machine.num_cores // shares)
 
 
-def _sentence(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first problem of a pydantic error as one sentence."""
     # A union reports each alternative: a list was not meant to be one of the words.
     problems = error.errors()

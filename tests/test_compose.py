@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.config import load_config
 from harness.errors import ConfigError
-from harness.launch.compose import Composer, compose
+from harness.launch.compose import CONF, Composer, compose
 from harness.machine import Machine
 
 AXES: list[list[list[str]]] = [
@@ -86,3 +88,18 @@ def test_mistakes_are_one_sentence(overrides: str, sentence: str) -> None:
             assert message.startswith("sweep=nope is not available; choose one of default, ")
         else:
             assert message == sentence
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"a: 'b", b"\xd2\x00"])
+def test_a_file_that_is_no_yaml_is_one_sentence(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr("harness.launch.compose.CONF", tmp_path / "conf")
+    (tmp_path / "conf" / "cluster" / "mine.yaml").write_bytes(content)
+    assert compose([])["cluster"]["name"] == "local"
+    for overrides in (["cluster=mine"], ["cluster=mine", "parallel.tp=2"]):
+        with pytest.raises(ConfigError, match="a configuration file can't be read: "):
+            compose(overrides)
+        with pytest.raises(ConfigError, match="a configuration file can't be read: "):
+            Composer().compose(overrides)

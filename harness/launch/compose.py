@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import hydra
+import yaml  # type: ignore[import-untyped]
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -162,6 +163,8 @@ def one_sentence(overrides: Sequence[str], load: Load | None = None) -> Iterator
         raise
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_sentence(error, load or _load)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"a configuration file can't be read: {' '.join(str(error).split())}; correct it") from error
     except ValueError as error:
         if not str(error).startswith("Config group override"):
             raise

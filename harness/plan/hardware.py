@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
 
-from harness.config import REPOSITORY, Cluster, RunConfig
+from harness.config import REPOSITORY, Cluster, RunConfig, first_problem
 from harness.machine import Machine
 
 CONF = REPOSITORY / "conf"
@@ -21,7 +22,7 @@ def known_clusters() -> list[Cluster]:
         try:
             clusters.append(Cluster.model_validate(_content(file)))
         except Exception as error:  # of YAML, Hydra or the schema: whoever wrote the file may use another one
-            reason = " ".join(str(error).split())
+            reason = first_problem(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
             logging.getLogger(__name__).warning("%s is left out, it is no cluster: %s", file, reason)
     return clusters
 

@@ -78,9 +78,9 @@ def bubble_lines(bubble: dict[str, Any] | None) -> list[str]:
     """What the bubble would be and what it consists of; nothing where no step was looked into."""
     if bubble is None:
         return []
-    causes = ", ".join(f"{cause} {percent:.1f}%" for cause, percent in bubble["causes_percent"].items())
+    causes = ", ".join(f"{cause} {percent:z.1f}%" for cause, percent in bubble["causes_percent"].items())
     return [
-        f"            {bubble['simulated']['fraction']:.1%} simulated from the measured durations",
+        f"            {bubble['simulated']['fraction']:z.1%} simulated from the measured durations",
         f"            {causes}",
     ]
 
@@ -95,7 +95,7 @@ def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
         f" (p10 {row['step_seconds_p10'] * 1e3:.1f}, p90 {row['step_seconds_p90'] * 1e3:.1f})",
         f"throughput  {row['tokens_per_second']:,.0f} tokens/s, "
         f"{row['tokens_per_second_per_device']:,.0f} per device{model_flops}",
-        f"bubble      {row['bubble_fraction_measured']:.1%} of the pipeline's time measured, "
+        f"bubble      {row['bubble_fraction_measured']:z.1%} of the pipeline's time measured, "
         f"{row['bubble_fraction_ideal']:.1%} ideal for 1F1B",
         f"memory      {row['peak_memory_bytes'] / 2**20:,.0f} MiB peak of the largest rank",
         f"loss        {row['first_loss']:.4f} to {row['last_loss']:.4f}",
