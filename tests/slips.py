@@ -374,6 +374,24 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/record/metrics.py",
+        "tests/test_metrics.py -k warm_up or read_back",
+        False,
+        {
+            "drift_with_warm_up": ("drift(seconds)", "drift([record.step_seconds for record in records])"),
+            "overhead_read_as_fraction": ("fraction / (1 - fraction), fraction *", "fraction, fraction *"),
+        },
+    ),
+    *slips(
+        "harness/launch/preview.py",
+        "tests/test_sweep.py -k measure or repeat",
+        False,
+        {
+            "stale_failures_stay": ("if is_stale(content", 'if status == "ok" and is_stale(content'),
+            "failed_repeat_stays": ('int(status != "ok")', "0"),
+        },
+    ),
+    *slips(
         "harness/config.py",
         "tests/test_config.py -k identity",
         False,

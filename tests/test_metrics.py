@@ -20,6 +20,7 @@ from harness.record.metrics import (
     layout_columns,
     metrics_line,
     point_row,
+    record_of,
     row,
     summarize,
 )
@@ -68,6 +69,14 @@ def test_line_has_the_keys_of_the_contract() -> None:
         "perf/bubble_fraction": 0.25,
         "memory/peak_bytes": 2**20,
     }
+
+
+def test_a_step_can_be_read_back_from_its_line() -> None:
+    record = replace(step_records([0.5])[0], grad_norm=0.25, eval_loss=3.0)
+    line = json.loads(json.dumps(metrics_line(record, make_config())))
+    assert record_of(line) == replace(
+        record, forward_seconds=[], backward_seconds=[], bubble=Bubble(0.25, pytest.approx(1 / 3), 0.125)
+    )
 
 
 def test_summary_by_hand() -> None:
@@ -148,6 +157,15 @@ def test_warm_up_counts_steps_of_this_launch() -> None:
     records = [type(record)(**{**vars(record), "step": record.step + 100}) for record in step_records([5.0, 5.0, 1.0])]
     summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
     assert summary["step_seconds"] == summary["step_seconds_p10"] == summary["step_seconds_p90"] == 1.0
+
+
+def test_drift_leaves_warm_up_out() -> None:
+    def found(steps: list[float]) -> float | None:
+        nothing = {"gemm_flops_per_second": None, "peak_flops_per_second": None}
+        return summarize(make_config(), step_records([5.0, 5.0, *steps]), machine=MACHINE, **nothing)["drift"]
+
+    assert found([1.0] * 9 + [1.2] * 8) is None  # too few
+    assert found([1.0] * 9 + [1.2] * 9) == pytest.approx(0.2)
 
 
 def test_what_is_not_known_is_none() -> None:

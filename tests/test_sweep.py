@@ -196,13 +196,27 @@ def test_asking_for_checkpoints_runs_a_point_that_has_none(
 def test_a_stale_measurement_is_kept_and_made_again(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure(tmp_path, [""])
+    ranks.fails["tp2_pp1_dp1_mbs1"] = Outcome("oom", "out of memory there")
+    measure(tmp_path, ["", "parallel.tp=2"])
     other = Machine("cpu", "another cpu", 2, 2, 2**33)
     monkeypatch.setattr(sweep, "detect_machine", lambda: other)
-    measure(tmp_path, [""])
-    assert "stale: measured with other versions, hardware or code" in capsys.readouterr().out
-    assert ranks.started == ["tp1_pp1_dp1_mbs1/attempt-1", "tp1_pp1_dp1_mbs1/attempt-2"]
+    measure(tmp_path, ["", "parallel.tp=2"])
+    assert "2 points: 2 to run, 0 reused, 0 can't run" in (output := capsys.readouterr().out)
+    assert "stale: measured with other versions, hardware or code" in output
+    assert ranks.started == [f"tp{tp}_pp1_dp1_mbs1/attempt-{number}" for number in (1, 2) for tp in (1, 2)]
     assert len(list(tmp_path.glob("grid/points/tp1*/attempt-*/result.json"))) == 2
+
+
+def test_a_failed_repeat_runs_again_where_asked(tmp_path: Path, ranks: Ranks) -> None:
+    measure(tmp_path, [""])
+    ranks.fails["tp1_pp1_dp1_mbs1"] = Outcome("crashed", "rank 0: ValueError: flaky")
+    measure(tmp_path, [""], "sweep.repeats=2")
+    ranks.fails.clear()
+    measure(tmp_path, [""])
+    assert [row["status"] for row in rows(tmp_path).values()] == ["crashed"]
+    measure(tmp_path, [""], "sweep.retry=[crashed]")
+    assert [row["status"] for row in rows(tmp_path).values()] == ["ok"]
+    assert ranks.started == [f"tp1_pp1_dp1_mbs1/attempt-{number}" for number in (1, 2, 3)]
 
 
 def test_an_interrupted_sweep_resumes_where_it_stopped(
