@@ -74,11 +74,20 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def strike(folder: Path, sweep: subprocess.Popen[str], part: str, rng: random.Random) -> bool:
-    """Kill one part of a running sweep at a random moment; whether it came to that."""
+def has_begun(folder: Path, since: float) -> bool:
+    """Whether a sweep started since then has ended what earlier ones left: after that it writes sweep.yaml."""
+    request = folder / "chaos" / "sweep.yaml"
+    return request.exists() and request.stat().st_mtime > since
+
+
+def strike(folder: Path, sweep: subprocess.Popen[str], since: float, part: str, rng: random.Random) -> bool:
+    """Kill one part of a sweep that runs since then, at a random moment; whether it came to that."""
     kind = "guard" if part == "sweep and guard" else part
     while kind in VICTIMS and sweep.poll() is None and not marked(folder)[kind]:
         time.sleep(0.1)
+    if part == "sweep":  # what an earlier one left, killed with its guard, is this one's to end
+        while sweep.poll() is None and not has_begun(folder, since):
+            time.sleep(0.1)
     time.sleep(rng.uniform(0.0, 4.0))
     victims = marked(folder)[kind] if kind in VICTIMS else []
     if sweep.poll() is not None or (kind in VICTIMS and not victims):
@@ -101,9 +110,9 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
     for start in itertools.count():
         num_seeds = 1 + start // 6  # the grid grows meanwhile
         grid = ["parallel.pp=1,2", f"train.seed=range(0,{num_seeds})", "sweep.retry=[crashed]"]
-        sweep = start_sweep(tmp_path, *grid)
+        since, sweep = time.time(), start_sweep(tmp_path, *grid)
         while plan and sweep.poll() is None:
-            if strike(tmp_path, sweep, plan[-1], rng):
+            if strike(tmp_path, sweep, since, plan[-1], rng):
                 plan.pop()
         status = sweep.wait(300)
         now = results(tmp_path)
