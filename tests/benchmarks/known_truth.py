@@ -187,7 +187,7 @@ class Waits:
 
         self.rank, self._wait, self._send = rank, EmulatedBlock._wait, p2p.send
         self._link_seconds = 0.0
-        EmulatedBlock._wait = lambda block, seconds: self._noted(block, seconds)
+        EmulatedBlock._wait = lambda block, seconds: self._noted(block, seconds)  # type: ignore[assignment,method-assign]
         p2p.send = self._send_late
 
     def start_step(self, case: Case, scale: float) -> None:

@@ -65,6 +65,7 @@ def rank_main() -> None:
     from helpers import make_config
 
     from harness.machine import detect_machine
+    from harness.record.heartbeat import Heart
     from harness.record.store import Attempt
     from harness.run.build import build_training
     from harness.run.data import CorpusSamples, micro_batches
@@ -83,7 +84,7 @@ def rank_main() -> None:
     attempt = Attempt(Path(sys.argv[1]))
     tracer = Tracer(HostClock(), nested=config.tracking.trace_level == "collectives")
     tracer.attach(training.engine)
-    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, attempt.path, rank)
+    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, Heart(attempt.path, rank), "cpu")
     loop = Loop(attempt, config, rank, training, tracer, torch.device("cpu"))
     bare_data, data = (micro_batches(config, samples, dp_rank=0) for _ in range(2))
 
@@ -120,24 +121,31 @@ def build_bare(config: Any, rank: int) -> Any:
     """DeepSpeed's engine on our layers; it clips by its own means."""
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    from harness.run import build
+    from harness.model.families import describe_layers
+    from harness.model.groups import build_tensor_parallel
+    from harness.model.loss import PipelineLoss
+    from harness.model.weights import initialize
+    from harness.plan.partition import layers_per_stage
+    from harness.run.build import StagedPipeline, stage_boundaries
     from harness.run.deepspeed_config import build_deepspeed_config
     from harness.run.optimizer import build_learning_rate, build_optimizer
+    from harness.topology import Topology
 
     settings = {**build_deepspeed_config(config), "gradient_clipping": config.train.gradient_clipping}
-    topology = build.Topology(pp=config.parallel.pp, dp=config.parallel.dp, tp=config.parallel.tp)
-    tp = build.build_tensor_parallel(topology, rank, config.model.num_key_value_heads)
-    layers = build.describe_layers(config.model, tp)
+    topology = Topology(pp=config.parallel.pp, dp=config.parallel.dp, tp=config.parallel.tp)
+    tp = build_tensor_parallel(topology, rank, config.model.num_key_value_heads)
+    layers = describe_layers(config.model, tp)
     with contextlib.redirect_stdout(io.StringIO()):
-        module = build.StagedPipeline(
+        module = StagedPipeline(
             layers,
-            build.stage_boundaries(layers, build.layers_per_stage(config.model, config.parallel, 1)),
-            topology=build.PipeModelDataParallelTopology(topology.pp, topology.tp, topology.dp),
-            loss_fn=build.PipelineLoss(config.model.vocab_size, tp),
+            stage_boundaries(layers, layers_per_stage(config.model, config.parallel, 1)),
+            topology=PipeModelDataParallelTopology(topology.pp, topology.tp, topology.dp),
+            loss_fn=PipelineLoss(config.model.vocab_size, tp),
         )
         assert isinstance(module, PipelineModule)
-        build.initialize(module.global_parameters(), config.model, tp, config.train.seed)
+        initialize(module.global_parameters(), config.model, tp, config.train.seed)
         optimizer = build_optimizer(config.train, module.parameters())
         schedule = build_learning_rate(config.train, optimizer)
         engine, _, _, _ = deepspeed.initialize(

@@ -1,0 +1,29 @@
+"""Benchmarks that are no tests still run, in their smallest form: the two that build most by themselves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.config import REPOSITORY
+from harness.machine import detect_machine
+from harness.record.store import environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "says"),
+    [
+        ("overhead", "--pairs 1", ["parallel.pp=1 ", "parallel.pp=2 "]),
+        ("point_cost", "--points 1", ["until the next point begins", "the sweep's own cost of a point"]),
+    ],
+)
+def test_a_benchmark_runs(benchmark: str, arguments: str, says: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, REPOSITORY / "tests" / "benchmarks" / f"{benchmark}.py", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"code {environment(detect_machine())['code']}" in done.stdout.splitlines()[0]
+    assert [text for text in says if text not in done.stdout] == []
