@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import re
@@ -22,9 +23,13 @@ CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")
 """Has an entry for each GPU that the NVIDIA driver knows."""
 DEVICE_FOLDER = Path("/dev")
+NAMES_OF_GPU = "index,uuid,name"
+"""What every nvidia-smi can be asked for."""
 NVIDIA_SMI_SECONDS = 120.0
 """It takes half a minute where many GPUs wake up."""
 ON_CPU = "set DS_ACCELERATOR=cpu to run on the CPU"
+SMALLEST_CAPABILITY_OF_CUDA = {13: 7.5}
+"""Major version of CUDA -> compute capability of the oldest GPUs it compiles for (CUDA 13 release notes: Turing)."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,9 @@ def detect_machine() -> Machine:
         ConfigError: there are GPUs that can't be used as they are, and nobody asked for the CPU.
     """
     gpus = _gpus()
-    if gpus and torch_cuda_version() is None:
-        raise ConfigError(
-            f"this machine has GPUs ({gpus[0].name}), but the installed PyTorch is a build for CPU; run "
-            f"./launchers/quickstart.sh here, which installs the one for GPUs, or {ON_CPU}"
-        )
     known = [gpu.compute_capability for gpu in gpus if gpu.compute_capability is not None]
+    if gpus:
+        _check_torch(gpus[0], min(known, default=None))
     return Machine(
         device_kind="cuda" if gpus else "cpu",
         device_name=gpus[0].name if gpus else _cpu_name(),
@@ -117,6 +119,43 @@ def detect_machine() -> Machine:
         compute_capability=min(known, default=None),
         driver_version=gpus[0].driver_version if gpus else None,
     )
+
+
+def _check_torch(gpu: Gpu, compute_capability: float | None) -> None:
+    """Refuse GPUs that the installed torch can't use: its ranks would end in a traceback each.
+
+    Args:
+        gpu: one of them.
+        compute_capability: the lowest.
+    """
+    cuda = torch_cuda_version()
+    if cuda is None:
+        raise ConfigError(
+            f"this machine has GPUs ({gpu.name}), but the installed PyTorch is a build for CPU; run "
+            f"./launchers/quickstart.sh here, which installs the one for GPUs, or {ON_CPU}"
+        )
+    major, driver = int(cuda.partition(".")[0]), driver_cuda_version()
+    if driver is not None and driver < major:
+        raise ConfigError(
+            f"the NVIDIA driver {gpu.driver_version or ''} runs CUDA up to version {driver}, but the installed PyTorch "
+            f"needs CUDA {cuda}; update the driver, install a PyTorch for CUDA {driver}, or {ON_CPU}"
+        )
+    smallest = SMALLEST_CAPABILITY_OF_CUDA.get(major, 0.0)
+    if compute_capability is not None and compute_capability < smallest:
+        raise ConfigError(
+            f"this machine has a GPU of compute capability {compute_capability}, but the installed PyTorch is for CUDA "
+            f"{cuda}, which needs {smallest} or more; install a PyTorch for an older CUDA, or {ON_CPU}"
+        )
+
+
+def driver_cuda_version() -> int | None:
+    """Newest major version of CUDA that the driver runs, forward-compatibility packages included; None: unknown."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000
 
 
 def torch_cuda_version() -> str | None:
@@ -148,6 +187,8 @@ class Gpu:
     name: str
     driver_version: str | None = None
     compute_capability: float | None = None
+    is_split: bool = False
+    """Into parts (MIG)."""
 
 
 def _gpus() -> list[Gpu]:
@@ -156,7 +197,17 @@ def _gpus() -> list[Gpu]:
     Raises:
         ConfigError: GPUs are here and can't be read, or none of those that CUDA_VISIBLE_DEVICES names.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = _chosen_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if split := [gpu for gpu in chosen if gpu.is_split]:
+        raise ConfigError(
+            f"GPU {split[0].index} ({split[0].name}) is split into parts (MIG), on which deepspeed can't start ranks; "
+            f"choose whole GPUs by CUDA_VISIBLE_DEVICES, switch MIG off, or {ON_CPU}"
+        )
+    return chosen
+
+
+def _chosen_gpus(visible: str | None) -> list[Gpu]:
+    """All GPUs, or those that CUDA_VISIBLE_DEVICES names."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or (visible is not None and visible.strip() in ("", "-1")):
         return []
     gpus = _read_gpus()
@@ -193,7 +244,7 @@ def _read_gpus() -> list[Gpu]:
     """
     problem = "nvidia-smi is not on the PATH"
     if shutil.which("nvidia-smi") is not None:
-        for fields in ("index,uuid,name,driver_version,compute_cap", "index,uuid,name"):  # older ones know less
+        for fields in (f"{NAMES_OF_GPU},driver_version,compute_cap,mig.mode.current", NAMES_OF_GPU):  # old: know less
             try:
                 answer = subprocess.run(
                     ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
@@ -207,8 +258,9 @@ def _read_gpus() -> list[Gpu]:
             except OSError as error:
                 problem = f"nvidia-smi can't be started ({error.strerror})"
                 break
-            if answer.returncode == 0:
-                return [_gpu(line, fields.count(",")) for line in answer.stdout.splitlines() if line.count(",") >= 2]
+            lines = [line for line in answer.stdout.splitlines() if line.count(",") >= 2]
+            if answer.returncode == 0 and lines:
+                return [_gpu(line, fields.count(",")) for line in lines]
             said = (answer.stdout + answer.stderr).strip().splitlines()
             problem = f"nvidia-smi failed with {said[0] if said else f'exit status {answer.returncode}'!r}"
     if any(DRIVER_FOLDER.glob("*")) or any(DEVICE_FOLDER.glob("nvidia[0-9]*")):
@@ -219,11 +271,9 @@ def _read_gpus() -> list[Gpu]:
 def _gpu(line: str, num_commas: int) -> Gpu:
     """A line of nvidia-smi's answer; the name may hold commas where it comes last."""
     index, uuid, name, *rest = (field.strip() for field in line.split(",", num_commas))
-    driver, capability = [*rest, None, None][:2]
-    try:
-        return Gpu(int(index), uuid, name, driver, float(capability) if capability is not None else None)
-    except ValueError:  # "[N/A]"
-        return Gpu(int(index), uuid, name, driver)
+    driver, capability, mig = [*rest, None, None, None][:3]
+    known = re.fullmatch(r"\d+\.\d+", capability or "")  # or "[N/A]"
+    return Gpu(int(index), uuid, name, driver, float(known[0]) if known else None, is_split=mig == "Enabled")
 
 
 def _cpu_name() -> str:

@@ -18,6 +18,6 @@ for tp in 1 2 4; do
   done
 done
 if nvidia-smi --query-gpu=compute_cap --format=csv,noheader | grep -qE '^[0-7]\.'; then
-  set -- train.precision=fp32 "$@" # GPUs before Ampere have no bf16
+  set -- train.precision=fp32 parallel.zero_stage=0 "$@" # before Ampere: no bf16, and less memory
 fi
 exec .venv/bin/python launchers/sweep.py sweep=quickstart_gpu sweep.points="[$(IFS=,; echo "${points[*]}")]" "$@"

@@ -12,9 +12,12 @@ find_python() {
   exit 2
 }
 
-# Numbers of this machine's GPUs, a line each; nothing where DS_ACCELERATOR=cpu leaves them alone.
+# This machine's GPUs that CUDA_VISIBLE_DEVICES leaves, a line each; nothing where DS_ACCELERATOR=cpu leaves them alone.
 list_gpus() {
-  [[ "${DS_ACCELERATOR:-}" == cpu ]] || nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+$' || true
+  local visible="${CUDA_VISIBLE_DEVICES-all}" gpus
+  [[ "${DS_ACCELERATOR:-}" != cpu && -n "$visible" && "$visible" != -1 ]] || return 0
+  gpus="$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+$')" || return 0
+  if [[ "$visible" == all ]]; then echo "$gpus"; else tr ',' '\n' <<<"$visible"; fi
 }
 
 install_requirements() {

@@ -77,6 +77,15 @@ def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> Non
         assert all(accounting["closes"] for accounting in result["accounting"]), overrides
 
 
+def check_trace(attempt: Path) -> None:
+    """Memory is noted as instructions end, to the nanosecond; the trace's microseconds are rounded."""
+    trace = json.loads((attempt / "trace.json").read_text())["traceEvents"]
+    ends = {round((event["ts"] + event["dur"]) * 1e3) for event in trace if event["ph"] == "X"}
+    memory = {round(event["ts"] * 1e3) for event in trace if event["ph"] == "C"}
+    assert memory
+    assert memory <= ends
+
+
 def start(launcher: str, *arguments: str, num_gpus: int, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "launchers" / launcher), *arguments]
     environment = os.environ | standin_environment(num_gpus, cwd / "cache")
@@ -107,6 +116,7 @@ def test_the_users_own_deepspeed_runs_on_gpus(tmp_path: Path) -> None:
     result = next(tmp_path.glob("runs/points/*/attempt-1/result.json"), None)
     assert result is not None, done.stdout[-5000:] + done.stderr[-5000:]
     assert json.loads(result.read_text())["row"]["pp"] == 2
+    check_trace(result.parent)
 
 
 # What only a real GPU can show; one is enough. `./launchers/test.sh -m gpu` runs these and nothing else.
@@ -170,11 +180,7 @@ def test_training_on_a_gpu(precision: str, gpu: torch.device, tmp_path: Path) ->
     assert 0 < row["gemm_utilization"] < 1
     # Weights, gradients, moments and activations are there; workspaces and buckets come on top.
     assert counted["total_bytes"] < 1.1 * counted["measured_peak_bytes"] < 4 * counted["total_bytes"]
-    trace = json.loads(Path(result["folder"], "trace.json").read_text())["traceEvents"]
-    slices = [event for event in trace if event["ph"] == "X"]
-    memory = [event["ts"] for event in trace if event["ph"] == "C"]
-    assert memory
-    assert set(memory) <= {event["ts"] + event["dur"] for event in slices}, "memory is noted as instructions end"
+    check_trace(Path(result["folder"]))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from helpers import MACHINE, make_config
 from harness.config import REPOSITORY
 from harness.machine import Machine
 from harness.plan import hardware
-from harness.plan.hardware import peak_flops_per_second
+from harness.plan.hardware import peak_flops_per_second, unused_peak
 
 
 @pytest.fixture
@@ -67,7 +67,10 @@ GIVEN = "cluster.peak_flops.bf16=362e12"
         ("NVIDIA L40S", f"{BF16} {GIVEN} cluster.device_name=L40S", 362e12),
         ("NVIDIA L40S", f"{BF16} {GIVEN} 'cluster.device_name=NVIDIA L40S'", 362e12),
         ("NVIDIA L40", f"{BF16} {GIVEN} cluster.device_name=L40S", None),
+        ("NVIDIA A100-SXM4-40GB", f"{BF16} {GIVEN} cluster.device_name=a100", 362e12),
         # given for hardware that one does not have
+        ("NVIDIA H200 NVL", f"{BF16} cluster=h200", None),
+        ("NVIDIA H100 PCIe", f"{BF16} cluster=dgx_h100 {GIVEN}", None),
         ("NVIDIA H200", f"{BF16} cluster=dgx_a100_80gb", 989.4e12),
         ("NVIDIA L40S", f"{BF16} cluster=dgx_a100_80gb {GIVEN}", None),
         ("some cpu", "cluster=h200", None),
@@ -77,3 +80,26 @@ def test_peak_of_a_device(device: str, overrides: str, peak: float | None) -> No
     machine = Machine("cpu" if "cpu" in device else "cuda", device, 8, 8, 2**33)
     config = make_config(*shlex.split(overrides), machine=machine)
     assert peak_flops_per_second(config, machine) == peak
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "is_unused"),
+    [
+        ("NVIDIA H100 PCIe", f"cluster=dgx_h100 {GIVEN}", True),
+        ("NVIDIA H200", f"cluster=dgx_h100 {GIVEN}", True),
+        ("NVIDIA L40", f"{GIVEN} cluster.device_name=L40S", True),
+        ("NVIDIA L40S", f"{GIVEN} cluster.device_name=l40s", False),
+        ("NVIDIA L40S", GIVEN, False),
+        ("NVIDIA H200", f"cluster=h200 {GIVEN}", False),
+        ("NVIDIA H200", "cluster=dgx_h100", False),  # its own file's: a cluster one does not have
+        ("some cpu", "cluster=h200", False),
+        ("some cpu", "", False),
+    ],
+)
+def test_a_peak_that_is_not_used_is_said(device: str, overrides: str, is_unused: bool) -> None:
+    machine = Machine("cpu" if "cpu" in device else "cuda", device, 8, 8, 2**33)
+    said = unused_peak(make_config(BF16, *shlex.split(overrides), machine=machine), machine)
+    assert (said is not None) == is_unused
+    if said is not None:
+        assert said.startswith("MFU by cluster.peak_flops.bf16=3.62e+14: that is of cluster.device_name=")
+        assert f"this machine has {device}; set cluster.device_name=null" in said

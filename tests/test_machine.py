@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from harness.machine import Gpu, Machine, detect_machine, gpu_versions
 from harness.record.store import environment
 
 TWO_GPUS = "0, GPU-aaaa-1111, NVIDIA H200, 580.1, 9.0\n3, GPU-bbbb-2222, NVIDIA A100-SXM4-80GB, 580.1, 8.0\n"
+SPLIT = "0, GPU-a, NVIDIA H100, 580.1, 9.0, Disabled\n1, GPU-b, NVIDIA H100, 580.1, 9.0, Enabled\n"
 Detect = Callable[..., list[Gpu]]
 
 
@@ -57,13 +59,14 @@ def test_visible_gpus(gpus: Detect, visible: str | None, numbers: list[int]) -> 
 
 
 def test_what_is_known_of_a_gpu(gpus: Detect) -> None:
+    assert gpus("No devices were found\n", driver=False) == []
+    assert gpus("", driver=False) == []
     assert gpus() == [
         Gpu(0, "GPU-aaaa-1111", "NVIDIA H200", "580.1", 9.0),
         Gpu(3, "GPU-bbbb-2222", "NVIDIA A100-SXM4-80GB", "580.1", 8.0),
     ]
     assert gpus("0, GPU-a, Old GPU, 400.0, [N/A]\n") == [Gpu(0, "GPU-a", "Old GPU", "400.0")]
-    assert gpus("No devices were found\n", driver=False) == []
-    assert gpus("", driver=False) == []
+    assert gpus(SPLIT, visible="0") == [Gpu(0, "GPU-a", "NVIDIA H100", "580.1", 9.0)]
 
 
 def test_an_nvidia_smi_that_knows_less(gpus: Detect, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +90,9 @@ def test_an_nvidia_smi_that_knows_less(gpus: Detect, monkeypatch: pytest.MonkeyP
         (None, None, "has an NVIDIA GPU, but nvidia-smi is not on the PATH"),
         (subprocess.TimeoutExpired("nvidia-smi", 120), None, "nvidia-smi did not answer within 120 s"),
         (PermissionError(13, "Permission denied"), None, "nvidia-smi can't be started (Permission denied)"),
+        ("No devices were found\n", None, "nvidia-smi failed with 'No devices were found'"),
+        (SPLIT, None, "GPU 1 (NVIDIA H100) is split into parts (MIG)"),
+        (SPLIT, "GPU-b", "GPU 1 (NVIDIA H100) is split into parts (MIG)"),
     ],
 )
 def test_a_gpu_that_cannot_be_read_is_no_cpu(gpus: Detect, answer: Any, visible: str | None, sentence: str) -> None:
@@ -121,6 +127,41 @@ def test_a_build_of_torch_for_cpu_is_refused_on_gpus(gpus: Detect, monkeypatch: 
     found = detect_machine.__wrapped__()
     assert (found.device_kind, found.num_devices, found.visible_devices) == ("cuda", 2, (0, 3))
     assert (found.compute_capability, found.driver_version) == (8.0, "580.1")
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "driver", "sentence"),
+    [
+        ("9.0", "13.0", 12, "driver 535.1 runs CUDA up to version 12, but the installed PyTorch needs CUDA 13.0; "),
+        ("7.0", "13.0", 13, "compute capability 7.0, but the installed PyTorch is for CUDA 13.0, which needs 7.5"),
+        ("7.0", "12.6", 13, None), ("7.5", "13.0", 13, None), ("9.0", "13.2", None, None), ("[N/A]", "13.0", 13, None),
+    ],
+)  # fmt: skip
+def test_gpus_that_torch_cannot_use_are_refused(
+    capability: str,
+    cuda: str,
+    driver: int | None,
+    sentence: str | None,
+    gpus: Detect,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus(f"0, GPU-a, A GPU, 535.1, {capability}, Disabled\n")
+    monkeypatch.setattr(module, "torch_cuda_version", lambda: cuda)
+    monkeypatch.setattr(module, "driver_cuda_version", lambda: driver)
+    if sentence is None:
+        assert detect_machine.__wrapped__().device_kind == "cuda"
+        return
+    with pytest.raises(ConfigError, match=re.escape(sentence)) as error:
+        detect_machine.__wrapped__()
+    assert str(error.value).endswith("or set DS_ACCELERATOR=cpu to run on the CPU")
+
+
+def test_a_machine_without_a_driver_knows_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(module.ctypes, "CDLL", missing)
+    assert module.driver_cuda_version() is None
 
 
 @pytest.mark.parametrize(

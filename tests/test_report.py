@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,20 @@ class TestFiles:
         assert "| -\\* |" in text
         assert "Run rank 1 again" not in text
         assert "run again" not in terminal(rows)
+
+    @pytest.mark.parametrize("remains", [None, "- damaged"])
+    def test_single_runs_are_stale_beside_the_newest(self, tmp_path: Path, remains: str | None) -> None:
+        runs = SweepDirectory(tmp_path, "no_request")
+        old = record_attempt(runs, "parallel.tp=2", step_seconds=[1, 1, 0.01])
+        content = old.status()
+        write_json(old.status_file, content | {"environment": content["environment"] | {"code": "of long ago"}})
+        time.sleep(0.002)  # the times of statuses are in milliseconds
+        record_attempt(runs, "parallel.pp=2", step_seconds=[1, 1, 0.1], command="the new one")
+        if remains is not None:
+            runs.request_file.write_text(remains)
+        rows = report.write_report(runs)
+        assert [(row["pp"], row["rank"], row["stale"]) for row in rows] == [(2, "1", False), (1, "", True)]
+        assert "the new one" in markdown(runs, rows)
 
     def test_markdown(self, sweep: SweepDirectory) -> None:
         text = markdown(sweep, report.write_report(sweep))

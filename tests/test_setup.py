@@ -95,8 +95,14 @@ def test_the_grid_fits_the_gpus(checkout: Path, num_gpus: int) -> None:
     assert {config.model.name for config in configs} == {"gpt2_small"}
 
 
+@pytest.mark.parametrize(("visible", "num_gpus"), [("0,1", 2), ("GPU-00000003", 1), ("3,1,2,0", 4), ("", 0), ("-1", 0)])
+def test_the_grid_is_for_the_gpus_that_are_visible(checkout: Path, visible: str, num_gpus: int) -> None:
+    assert quickstart(checkout, 8, CUDA_VISIBLE_DEVICES=visible)[-1] == quickstart(checkout, num_gpus)[-1]
+
+
 def test_gpus_without_bf16_train_in_fp32(checkout: Path) -> None:
-    assert "train.precision=fp32" in quickstart(checkout, 1, STANDIN_COMPUTE_CAPABILITY="7.5")[-1]
+    overrides = quickstart(checkout, 1, STANDIN_COMPUTE_CAPABILITY="7.5")[-1]
+    assert {"train.precision=fp32", "parallel.zero_stage=0"} <= set(overrides)
     assert "train.precision=fp32" not in quickstart(checkout, 1, STANDIN_COMPUTE_CAPABILITY="10.0")[-1]
 
 

@@ -42,9 +42,30 @@ def peak_flops_per_second(config: RunConfig, machine: Machine) -> float | None:
     """Dense datasheet FLOP/s of one device of this machine in the run's precision; None where unknown.
 
     What the configured cluster gives comes first, where it means this machine: its device_name is null or part of the
-    device's name. A file of conf/cluster/ has to name the device in full: an H200 NVL is slower than an H200.
+    device's name. A name in a file of conf/cluster/ is one in full: an H200 NVL is slower than an H200.
     """
-    given = [config.cluster] if (config.cluster.device_name or "") in machine.device_name else []
-    known = [cluster for cluster in known_clusters() if cluster.device_name == machine.device_name]
-    peaks = (cluster.peak_flops.get(config.train.precision) for cluster in given + known)
+    known = known_clusters()
+    given = [config.cluster] if _means(config.cluster.device_name, machine, known) else []
+    here = [cluster for cluster in known if cluster.device_name == machine.device_name]
+    peaks = (cluster.peak_flops.get(config.train.precision) for cluster in given + here)
     return next((peak for peak in peaks if peak is not None), None)
+
+
+def unused_peak(config: RunConfig, machine: Machine) -> str | None:
+    """A sentence, where a peak was given that no file holds, for another device than this machine's."""
+    cluster, precision, known = config.cluster, config.train.precision, known_clusters()
+    peak = cluster.peak_flops.get(precision)
+    in_files = [other.peak_flops.get(precision) for other in known if other.device_name == cluster.device_name]
+    if peak is None or peak in in_files or _means(cluster.device_name, machine, known):
+        return None
+    return (
+        f"MFU by cluster.peak_flops.{precision}={peak:g}: that is of cluster.device_name={cluster.device_name}, and "
+        f"this machine has {machine.device_name}; set cluster.device_name=null where it is meant"
+    )
+
+
+def _means(name: str | None, machine: Machine, known: list[Cluster]) -> bool:
+    """Whether a cluster's device_name names this machine's device."""
+    if name in [cluster.device_name for cluster in known]:
+        return name in (None, machine.device_name)
+    return name is None or name.lower() in machine.device_name.lower()

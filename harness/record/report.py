@@ -9,14 +9,14 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.record import metrics
 from harness.record.spread import LARGE_DRIFT
-from harness.record.store import UNFINISHED, SweepDirectory, write_atomically
+from harness.record.store import UNFINISHED, Point, SweepDirectory, write_atomically
 from harness.record.tracking import finish_mirrors, start_mirrors
 
 if TYPE_CHECKING:
@@ -42,10 +42,22 @@ VARYING = {
 
 
 def collect(sweep: SweepDirectory) -> list[Row]:
-    """One row per point ever asked for, from its newest finished attempt and its repeats, in order of their names."""
-    reference = sweep.request().get("environment")
-    rows = [metrics.point_row(point, reference) for point in sweep.points()]
+    """One row per point ever asked for, from its newest finished attempt and its repeats, in order of their names.
+
+    Rows are stale that were measured in another environment than that of the last request; single runs make none, and
+    are compared with the one that ended last.
+    """
+    points = sweep.points()
+    reference = sweep.request().get("environment") or newest_environment(points)
+    rows = [metrics.point_row(point, reference) for point in points]
     return [row for row in rows if row is not None]
+
+
+def newest_environment(points: Iterable[Point]) -> Mapping[str, Any] | None:
+    """Where the attempt ran that ended last; None when none has."""
+    statuses = [attempt.status() for point in points for attempt in point.attempts()]
+    ended = [status for status in statuses if status.get("ended") and status.get("environment")]
+    return max(ended, key=lambda status: str(status["ended"]))["environment"] if ended else None
 
 
 def is_ranked(row: Row) -> bool:

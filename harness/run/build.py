@@ -108,7 +108,8 @@ class Training:
         groups = [self.module.world_group, self.tp.group, self.tp.kv_group]
         groups += [grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
         groups += [tied["group"] for tied in self.module.tied_comms.values()]
-        for group in {group for group in groups if group is not None}:
+        # In one order on all ranks: NCCL ends a communicator on all of them at once.
+        for group in dict.fromkeys(group for group in groups if group is not None):
             dist.destroy_process_group(group)
 
 

@@ -1,7 +1,7 @@
 """The matrix-product rate of this machine, the denominator of `gemm_utilization`.
 
-Measured once per device, precision, threads and number of processes, with as many processes at once as a
-run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder.
+Measured once per device, precision, threads, number of processes, cores and points at once, with as many processes
+at once as a run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def gemm_flops_per_second(
     file: Path | None = None
     if dist.get_rank() == 0:
         with contextlib.suppress(Exception):  # no home, no file, a damaged one: it is measured
-            circumstances = [f"{config.launch.threads_per_rank}threads", f"{config.parallel.world_size}ranks"]
-            file = cache_file("gemm", machine, config.train.precision, *circumstances)
+            processes = [f"{config.launch.threads_per_rank}threads", f"{config.parallel.world_size}ranks"]
+            shared = [f"{machine.num_cores}cores", f"{config.launch.slots}slots"]
+            file = cache_file("gemm", machine, config.train.precision, *processes, *shared)
             cached = float(json.loads(file.read_text())["flops_per_second"])
             known = [cached if cached >= achieved else None]
     dist.broadcast_object_list(known, src=0, group=group)
@@ -77,6 +78,8 @@ def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup |
     Raises:
         RuntimeError: one rank can't; raised on all.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what training held for its activations is free now
     best, memory = 0.0, min(agreed(lambda: free_bytes(device), group)) * SHARE_OF_FREE_MEMORY
     for size in SIZES:
         if 3 * size**2 * dtype.itemsize > memory:

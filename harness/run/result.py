@@ -19,7 +19,7 @@ from harness.config import RunConfig
 from harness.corpus import Corpus
 from harness.counts import stage_counts, training_flops_per_token
 from harness.machine import Machine
-from harness.plan.hardware import peak_flops_per_second
+from harness.plan.hardware import peak_flops_per_second, unused_peak
 from harness.plan.memory import memory_beside_measured
 from harness.record.heartbeat import Phase
 from harness.record.metrics import (
@@ -120,6 +120,8 @@ def build_result(
     """Content of result.json, as rank 0 knows it."""
     blocks = loop.training.blocks_per_stage
     peak = extras.part("the datasheet peak", lambda: peak_flops_per_second(config, machine))
+    if unused := extras.part("the peak that was given", lambda: unused_peak(config, machine)):
+        extras.missing.append(unused)
     row = build_row(config, machine, loop.records, gemm, peak)
     explained = extras.part("the breakdown of the steps", lambda: breakdown(read_run(attempt, config))) or {}
     if bubble := explained.get("bubble"):

@@ -5,11 +5,13 @@ each storage has a device, `tensor.device` tells it, results are where their ope
 are refused as torch refuses them. `$STANDIN_GPUS` is the number of devices. `torch.cuda` keeps the current device,
 streams, events and, for each device, the bytes of the storages on it.
 
-Groups that ask for NCCL get gloo, and NCCL's rule: a collective takes tensors of the device that the process is bound
-to (`init_process_group(device_id=...)`, as DeepSpeed calls it, or the first one used) and no others.
+Groups that ask for NCCL get gloo, and NCCL's rules: a collective takes contiguous tensors of the device that the
+process is bound to (`init_process_group(device_id=...)`, as DeepSpeed calls it, or the first one used) and no others,
+and a group ends on all of its ranks together.
 
 Known gaps: a gradient that autograd has just made has no device of its own until it is read from a parameter, and
-counts as one of the current device; kernels run at once, so streams order nothing.
+counts as one of the current device; kernels run at once, so streams order nothing; memory that an allocator would keep
+is free.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +36,8 @@ from torch.utils._pytree import tree_flatten
 CPU = torch.device("cpu")
 TOTAL_BYTES = 8 * 2**30
 """Of each device."""
+HANG_SECONDS = 30
+"""After which what NCCL would wait for in vain is an error."""
 
 
 class Devices:
@@ -95,9 +100,9 @@ CROSSING = frozenset(
 class OnDevices(TorchFunctionMode):
     """Runs every function of torch on the CPU, and keeps on whose device its tensors would be."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, in_backward: bool = False) -> None:
         super().__init__()
-        self.devices = devices
+        self.devices, self.in_backward = devices, in_backward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -169,7 +174,8 @@ class OnDevices(TorchFunctionMode):
             kwargs["device"] = CPU
         elif not operands:
             device = CPU
-        if name not in CROSSING:
+        indexes_the_host = "item" in name or "index" in name
+        if name not in CROSSING or (indexes_the_host and operands and self.devices.of(operands[0]) == CPU):
             self._same_device(name, operands)
         result = func(*args, **kwargs)
         if device is None:
@@ -183,8 +189,9 @@ class OnDevices(TorchFunctionMode):
         return result
 
     def _same_device(self, name: str, tensors: list[torch.Tensor]) -> None:
-        places = {place for tensor in tensors if tensor.dim() and (place := self.devices.of(tensor)) is not None}
-        places |= {place for tensor in tensors if (place := self.devices.of(tensor)) not in (None, CPU)}
+        at = self._device if self.in_backward else self.devices.of
+        places = {place for tensor in tensors if tensor.dim() and (place := at(tensor)) is not None}
+        places |= {place for tensor in tensors if (place := at(tensor)) not in (None, CPU)}
         if len(places) > 1:
             first, second = sorted(map(str, places))[:2]
             raise RuntimeError(
@@ -246,7 +253,9 @@ def install() -> None:
     run_backward = torch.autograd._engine_run_backward
 
     def run_backward_on_devices(*args: Any, **kwargs: Any) -> Any:
-        with OnDevices(DEVICES):  # torch leaves the mode to call `backward`; what autograd calls is to be seen, too
+        with OnDevices(
+            DEVICES, in_backward=True
+        ):  # torch leaves the mode to call `backward`; what autograd calls is to be seen, too
             return run_backward(*args, **kwargs)
 
     torch.autograd._engine_run_backward = run_backward_on_devices
@@ -359,6 +368,7 @@ def _install_distributed() -> None:
     backends: dict[int, str] = {}
     bound: dict[str, torch.device] = {}
     make_world, make_group, collective_device = c10d.init_process_group, c10d.new_group, c10d._get_object_coll_device
+    destroy_group = c10d.destroy_process_group
 
     def backend_of(group: Any = None) -> str:
         return backends.get(id(group or c10d._get_default_group()), "gloo")
@@ -381,11 +391,21 @@ def _install_distributed() -> None:
                 raise RuntimeError(f"No backend type associated with device type {wrong[0].type}")
             return
         for tensor in tensors:
+            if not tensor.is_contiguous():
+                raise ValueError("Tensors must be contiguous")
             place = DEVICES.of(tensor) or torch.device("cuda", DEVICES.current)
             if place.type != "cuda":
                 raise RuntimeError("No backend type associated with device type cpu")
             if place != bound.setdefault("device", place):
                 raise RuntimeError(f"Tensor found on device {place} but backend constrained to {bound['device']}")
+
+    def destroy_process_group(group: Any = None) -> None:
+        if group is not None and backend_of(group) == "nccl" and group.size() > 1:
+            try:
+                group.monitored_barrier(timedelta(seconds=HANG_SECONDS), wait_all_ranks=False)
+            except RuntimeError as error:
+                raise RuntimeError(f"a communicator of NCCL ends on all its ranks together: {error}") from None
+        destroy_group(group)
 
     def checked(communicate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(communicate)
@@ -404,6 +424,7 @@ def _install_distributed() -> None:
     replaced: dict[str, Any] = {name: checked(getattr(c10d, name)) for name in names if hasattr(c10d, name)} | {
         "init_process_group": init_process_group,
         "new_group": new_group,
+        "destroy_process_group": destroy_process_group,
         "get_backend": backend_of,
         "is_nccl_available": lambda: True,
     }
