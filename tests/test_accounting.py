@@ -194,6 +194,9 @@ def test_a_slow_link_is_transfer() -> None:
 
 def test_a_slow_micro_batch_is_jitter_and_loading_is_host() -> None:
     uneven = [[1.0 + 0.5 * (stage == k % 4) for k in range(8)] for stage in range(4)]
+    schedule = build_schedule("1f1b", 4, 8)
+    simulated = explain(simulate(schedule, {"forward": uneven, "backward": 2}), schedule).simulated
+    assert simulated.fraction == pytest.approx(3 / 11)  # of the stages' means, which are equal
     causes = explained({"forward": uneven, "backward": 2})
     assert causes["jitter"] > 0
     assert causes | {"jitter": 0} == NONE | {"ideal": 3 * 3.125}

@@ -9,7 +9,15 @@ import pytest
 from distributed import run_ranks
 from helpers import make_config, record_attempt
 
-from harness.breakdown import breakdown, finish_pictures, read_run, start_pictures, write_pictures
+from harness.breakdown import (
+    _mean_accounting,
+    _spread,
+    breakdown,
+    finish_pictures,
+    read_run,
+    start_pictures,
+    write_pictures,
+)
 from harness.clock import ClockOffset
 from harness.config import RunConfig
 from harness.errors import ConfigError
@@ -17,7 +25,7 @@ from harness.plan.schedule import build_schedule
 from harness.plan.simulate import simulate
 from harness.record.store import Attempt, SweepDirectory, read_json
 from harness.run.span_writer import SpanWriter
-from harness.timeline import STEP, Span, trace_problems
+from harness.timeline import PARTS, STEP, Accounting, Span, trace_problems
 from harness.topology import Topology
 
 SECONDS = {"forward": [0.01, 0.02], "backward": [0.02, 0.04], "send_activation": 0.002, "optimizer": 0.005}
@@ -113,6 +121,20 @@ def test_what_a_killed_run_lost_is_told_to_whoever_waits_for_its_pictures(tmp_pa
     assert finish_pictures([start_pictures(attempt)])[0].startswith(f"{name}: no pictures (ValidationError")
     attempt.metrics_file.unlink()
     assert start_pictures(attempt) is None
+
+
+def test_steps_that_stand_for_a_run_are_spread_over_it() -> None:
+    assert _spread(range(3, 8), 10) == [3, 4, 5, 6, 7]
+    assert _spread(range(100), 10) == list(range(0, 100, 10))
+
+
+def test_a_residual_is_large_on_either_side() -> None:
+    accounts = [
+        Accounting({**dict.fromkeys(PARTS, 0.0), "forward": 1 - residual}, step_seconds=1.0, num_missing=0)
+        for residual in (-0.3, 0.1, 0.2)
+    ]
+    assert _mean_accounting(0, accounts)["largest_residual_percent"] == pytest.approx(30)
+    assert _mean_accounting(0, accounts)["closes"]  # their mean is 0
 
 
 def test_trace_steps_beyond_the_run_are_refused() -> None:

@@ -72,6 +72,14 @@ def places(tp: TensorParallel) -> dict[str, str]:
     return {name: module.place for name, module in block.named_modules() if isinstance(module, Dropout)}
 
 
+def embedding_stream(tp: TensorParallel) -> str:
+    """Stream of the embedding's dropout."""
+    layer = next(layer for layer in describe_layers(MODEL, tp) if layer.name == "embedding_dropout").build()
+    assert isinstance(layer, Dropout)
+    assert layer.rate == MODEL.dropout
+    return layer.place
+
+
 def test_ranks_share_streams_where_they_share_values() -> None:
     """Heads are split in any case, what is between layers with sequence parallelism."""
     ranks = [TensorParallel(group=None, rank=rank, size=2, kv_group=None, kv_size=1) for rank in (0, 1)]
@@ -82,6 +90,7 @@ def test_ranks_share_streams_where_they_share_values() -> None:
         assert a.keys() == {"attention.dropout", *between}
         assert len({*a.values()}) == 3
         assert {name for name in a if a[name] != b[name]} == differ
+        assert (embedding_stream(first) != embedding_stream(second)) == ("mlp_dropout" in differ)
 
 
 def test_attention_drops_probabilities() -> None:

@@ -45,6 +45,20 @@ def test_parameters_and_their_companions_by_hand() -> None:
     assert first.total_bytes == sum(parts) + first.buffer_bytes
 
 
+def test_buffers_and_masks_by_hand() -> None:
+    """A middle stage receives from both sides; the embedding's mask is one byte per value, on the first stage alone."""
+    layout = ["model=gpt2_small", "parallel.pp=3", "train.global_batch_size=8"]
+    tokens, width = 128, 768
+    for slices, sharing in ((1, []), (2, ["parallel.tp=2", "parallel.sequence_parallel=true"])):
+        whole, dropped = (
+            memory_per_stage(big(*layout, *sharing, f"model.dropout={rate}"), [4, 4, 4]) for rate in (0.0, 0.1)
+        )
+        assert [stage.buffer_bytes for stage in whole] == [n * 4 * tokens * width / slices for n in (1, 2, 1)]
+        masks = [b.activation_bytes - a.activation_bytes for a, b in zip(whole, dropped, strict=True)]
+        of_stages = [in_flight * (4 * 2 + (s == 0)) for s, in_flight in enumerate((3, 2, 1))]
+        assert masks == [n * tokens * width / slices for n in of_stages]
+
+
 def test_measured_beside_counted() -> None:
     config = big("parallel.pp=2", "parallel.tp=2", "parallel.dp=2")
     first, last = memory_beside_measured(config, [2, 2], [1, 5, 2, 3, 7, 9, 8, 6], "cpu")  # ranks 0-3 are stage 0

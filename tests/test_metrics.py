@@ -6,12 +6,19 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from distributed import run_ranks
 from helpers import MACHINE, make_config, record_attempt, step_records
 
+from harness.corpus import prepare_corpus
 from harness.machine import Machine
+from harness.model.families import build_layers
+from harness.model.groups import TensorParallel
+from harness.model.weights import initialize
 from harness.plan.hardware import peak_flops_per_second
 from harness.record.metrics import (
     COLUMNS,
@@ -25,7 +32,11 @@ from harness.record.metrics import (
     summarize,
 )
 from harness.record.store import Point, SweepDirectory, environment, write_json
+from harness.run.data import CorpusSamples
+from harness.run.deepspeed_config import build_deepspeed_config
+from harness.run.train import group_by_stage, mean_bubble
 from harness.timeline import Bubble
+from harness.topology import Topology
 
 CONTRACT = """point, status, reason, tp, pp, dp, world_size, schedule, micro_batch_size, num_micro_batches,
 global_batch_size, sequence_length, precision, zero_stage, activation_checkpointing, step_seconds, step_seconds_p10,
@@ -127,13 +138,55 @@ def test_the_datasheet_is_read_for_the_precision_of_the_run() -> None:
     assert peak_flops_per_second(make_config(), MACHINE) is None
 
 
-def test_a_step_takes_as_long_as_its_slowest_rank_and_as_much_memory_as_its_largest(tmp_path: Path) -> None:
-    overrides = ["parallel.dp=2", "train.steps=4", "train.sequence_length=16", "data.kind=synthetic"]
-    argument = {"runs": [["run", overrides]], "slow_seconds": 0.5, "large_bytes": 2**30}
-    (lines,) = run_ranks(2, "ranks_train", argument, tmp_path)
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run whose second rank is slow and large."""
+    argument = {"runs": [["run", RUN]], "slow_seconds": 0.5, "large_bytes": 2**30}
+    (lines,) = run_ranks(2, "ranks_train", argument, tmp_path_factory.mktemp("run"))
     assert len(lines) == 4
+    return lines  # type: ignore[no-any-return]
+
+
+RUN = [
+    "parallel.dp=2", "train.steps=4", "train.sequence_length=16", "data.kind=synthetic", "train.learning_rate=0.2",
+    "train.learning_rate_warmup_steps=2", "train.learning_rate_decay=constant", "train.gradient_clipping=0.1",
+]  # fmt: skip
+
+
+def test_a_step_takes_as_long_as_its_slowest_rank_and_as_much_memory_as_its_largest(
+    lines: list[dict[str, Any]],
+) -> None:
     assert min(line["perf/step_seconds"] for line in lines) >= 0.5
     assert min(line["memory/peak_bytes"] for line in lines) >= 2**30
+
+
+def test_a_run_records_the_loss_and_norm_of_torch(lines: list[dict[str, Any]]) -> None:
+    """Of the first step, from the same fresh weights and samples, in float64; learning rates by hand."""
+    config, single = make_config(*RUN), TensorParallel.single()
+    model = build_layers(config.model, single).double()
+    initialize(model.named_parameters(), config.model, single, config.train.seed)
+    samples = CorpusSamples(config, prepare_corpus(config.data, config.model.vocab_size, 16))
+    tokens = torch.stack([torch.from_numpy(samples.sample(0, number)) for number in range(8)])
+    logits = model(tokens[:, :-1])[..., : config.model.vocab_size]
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert lines[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert lines[0]["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert [line["train/learning_rate"] for line in lines] == pytest.approx([0.1, 0.2, 0.2, 0.2])
+
+
+def test_replicas_have_a_mean_bubble_and_stages_all_their_ranks() -> None:
+    found = mean_bubble([Bubble(0.1, 0.2, 1.0), Bubble(0.3, 0.6, 3.0)])
+    assert found == Bubble(pytest.approx(0.2), pytest.approx(0.4), 2.0)
+    ranks: Any = range(8)  # tensor-parallel ranks are innermost, stages outermost
+    assert group_by_stage(Topology(pp=2, dp=2, tp=2), ranks) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+@pytest.mark.parametrize(("precision", "zero_stage", "dtype"), [("bf16", 0, "bf16"), ("bf16", 1, "fp32")])
+def test_gradients_of_micro_batches_add_up_in(precision: str, zero_stage: int, dtype: str) -> None:
+    config = make_config(f"train.precision={precision}", f"parallel.zero_stage={zero_stage}")
+    assert build_deepspeed_config(config)["data_types"] == {"grad_accum_dtype": dtype}
 
 
 def test_conventions_of_peers_are_rates_too() -> None:

@@ -78,6 +78,32 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("float64")
+def test_dropout_is_where_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a factor that depends on the rate in place of every draw."""
+    model, attend = tiny_model(dropout=0.25), F.scaled_dot_product_attention
+
+    def scale(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return x * (1 - 2 * p) if training else x
+
+    def attend_scaled(*tensors: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
+        return scale(attend(*tensors, **options), dropout_p)
+
+    monkeypatch.setattr(F, "dropout", scale)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend_scaled)
+    reference = build_reference(model).train()
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.25
+        if hasattr(module, "attn_dropout"):
+            module.attn_dropout.p = 0.25
+    state, (tokens, _) = random_state(model, dtype=torch.float64), random_tokens(model)
+    reference.load_state_dict(to_transformers(state, model), strict=False)
+    expected = reference(tokens).logits
+    assert relative_error(build_filled(model, state)(tokens), expected) < 1e-10
+    assert relative_error(reference.eval()(tokens).logits, expected) > 1e-3
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_transformers(name: str) -> None:
     model = MODELS[name]

@@ -57,6 +57,11 @@ def test_vocabulary_is_padded_with_zeros_and_cut_again(vocab_size: int, tp_size:
     assert torch.equal(unshard(slices, spec), full)
 
 
+def test_weights_are_as_wide_as_configured() -> None:
+    model = tiny_model(initializer_range=0.1)
+    assert draw(parameter_table(model)["embedding.weight"], 1, model).std() == pytest.approx(0.1, rel=0.1)
+
+
 def test_each_part_is_split_on_its_own() -> None:
     parts = (("q", 8), ("k", 4), ("v", 4))
     spec = ParameterSpec("p", (16,), "normal", 0, parts)

@@ -19,9 +19,9 @@ def twin_of(config: RunConfig) -> RunConfig:
 
     Every option that changes the computation is kept: family, ties, precision, layout, kind of partition,
     ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped, fewer than tp or several on a rank,
-    whether attention is as wide as the residual stream, and whether vocabulary and sequence divide by tp. Dropout is
-    switched off: where tensor-parallel ranks hold different values they draw different masks, so it is the same in
-    every layout on average only.
+    whether attention is as wide as the residual stream, whether vocabulary and sequence divide by tp, and dropout where
+    tp is 1. Beyond, it is switched off: where tensor-parallel ranks hold different values they draw different masks, so
+    it is the same in every layout on average only.
     """
     partition = _twin_partition(config)
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
@@ -70,7 +70,7 @@ def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
             "head_dim": head_dim,
             "intermediate_size": 3 * width,
             "vocab_size": _like(model.vocab_size, VOCAB_SIZE, tp),
-            "dropout": 0.0,
+            "dropout": model.dropout if tp == 1 else 0.0,
         }
     )
 

@@ -38,7 +38,7 @@ from deepspeed.runtime.pipe.schedule import OptimizerStep
 from torch import Tensor
 
 from harness.config import Model, RunConfig
-from harness.model.dropout import RandomStreams
+from harness.model.dropout import RandomStreams, stream_seed
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import load_full, parameter_table, unshard
@@ -79,6 +79,8 @@ class Comparison:
 # some tens of that. fp32 (2^-24 = 6e-8) is given 1e-5, a hundredth of the smallest defect worth catching, a
 # factor of 1.001. bf16 (2^-8 = 4e-3) can only catch errors of several per cent.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+# A loss and a norm add up thousands of roundings of either sign, which leave a fifth of that at most.
+NUMBER_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class MaskedSamples:
 def random_weights(model: Model, seed: int) -> Tensors:
     """Full weights in float32, random in every parameter: fresh biases of zero would hide wrong slices."""
     weights = {}
-    for index, (name, spec) in enumerate(parameter_table(model).items()):
-        generator = torch.Generator().manual_seed(seed * 100_003 + index)
+    for name, spec in parameter_table(model).items():
+        generator = torch.Generator().manual_seed(stream_seed(seed, name, "parity"))
         noise = torch.randn(spec.shape, generator=generator)
         weights[name] = {"ones": 1 + 0.1 * noise, "zeros": 0.1 * noise}.get(spec.init, 0.05 * noise)
     return weights
@@ -373,7 +375,8 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
     phase(f"building the layout for {label}")
     layout = Layout(config, weights, rank)
     reference = Reference(config, weights, variant.learning_rates) if rank == 0 else None
-    tolerance, results = TOLERANCE[config.train.precision], []
+    tolerance, of_numbers = TOLERANCE[config.train.precision], NUMBER_TOLERANCE[config.train.precision]
+    results = []
     for step in range(num_steps):
         phase(f"step {step + 1} of {label}")
         loss, local_gradients, norm = layout.step(step)
@@ -383,12 +386,12 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
                 step, draws_as=layout.training.engine.global_steps - 1
             )
             if step == 0:
-                results.append(compare_number(f"{label}: loss", loss, expected_loss, tolerance))
+                results.append(compare_number(f"{label}: loss", loss, expected_loss, of_numbers))
                 found = compare(
                     f"{label}: gradient", gradients, expected_gradients, tolerance, cancelling=reference.cancelling
                 )
                 results.append(found)
-                results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, tolerance))
+                results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, of_numbers))
     for state in variant.compared:
         phase(f"comparing {state} of {label}")
         measured = layout.gather(layout.state(state))
