@@ -7,6 +7,7 @@ is filled in at once. Any other value from the environment is refused, and so is
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,22 +22,31 @@ OVERRIDES = "sweep.points"
 """Overrides of points, whose values are settled when each is composed."""
 
 VARIABLE = re.compile(r"\$\{oc\.env:([^{}]+)\}")
-SECRET = r"[\w\-]*(?:(?:api|access|private|secret)[_\-]?key|secret|token|password|passwd|passphrase|credentials?)"
+SECRET = (
+    r"[\w\-]*(?:(?:api|access|private|secret)[_\-]?keys?(?:[_\-]?id)?|secrets?|token|passw(?:or)?d\d*|pwd|passphrase|"
+    r"credentials?|authorization)"
+)
 """Names of keys that hold secrets."""
-# Such a name in an override, and the begin of a value that is neither null, a flag nor an interpolation.
+# Such a name in an override, and the begin of a value that is neither null, a flag nor an interpolation without a
+# default.
 TYPED_OUT = re.compile(
-    rf"(?<![\w\-.])((?:[\w\-]+\.)*{SECRET})['\"]?\s*[=:]\s*['\"\\]*(?!(?:null|none|true|false)\b|[^\s,]*\$\{{)[^\s'\"\\,}}\]]",
+    rf"(?<![\w\-.])((?:[\w\-]+\.)*{SECRET})['\"]?\s*[=:]\s*['\"\\]*"
+    r"(?!(?:null|none|true|false)(?=[\s'\",}\]]|$)|[^\s,]*\$\{(?!oc\.env:[^{}]*,))[^\s'\"\\,}\]]",
     re.IGNORECASE,
 )
 SHORTEST = 4
 """Characters of a value that is hidden in texts; shorter ones are no secrets, and half a text would go with them."""
 
 
+class TypedOut(ConfigError):
+    """A secret is typed out: what holds it is not to be repeated."""
+
+
 def refuse_typed_out(overrides: Iterable[str]) -> None:
     """Refuse overrides that hold a secret, wherever in their text, before anything repeats it.
 
     Raises:
-        ConfigError: it names the key, not the value.
+        TypedOut: it names the key, not the value.
     """
     for override in overrides:
         if found := TYPED_OUT.search(override):
@@ -50,7 +60,8 @@ def settle(raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: in which `${oc.env:NAME}` stands for values from the environment.
 
     Raises:
-        ConfigError: a secret is typed out, or a value from the environment would be written to files.
+        TypedOut: a secret is typed out.
+        ConfigError: a value from the environment would be written to files.
     """
 
     def settled(key: str, value: Any) -> Any:
@@ -75,8 +86,8 @@ def _is_secret(key: str) -> bool:
     return any(re.fullmatch(SECRET, part, re.IGNORECASE) for part in key.split("."))
 
 
-def _typed_out(key: str) -> ConfigError:
-    return ConfigError(
+def _typed_out(key: str) -> TypedOut:
+    return TypedOut(
         f"{key} is given a secret, which would be written to files; put it into an environment variable, and write "
         f"{key}='${{oc.env:NAME}}' with the name of that variable"
     )
@@ -106,7 +117,12 @@ def fill_in(value: Any) -> Any:
 
 def hide(value: Any, names: Iterable[str]) -> Any:
     """A copy of containers or a text in which `${oc.env:NAME}` stands instead of the values of variables."""
-    hidden = {os.environ[name]: f"${{oc.env:{name}}}" for name in names if len(os.environ.get(name, "")) >= SHORTEST}
+    hidden = {
+        form: f"${{oc.env:{name}}}"
+        for name in names
+        if len(secret := os.environ.get(name, "")) >= SHORTEST
+        for form in _forms(secret)
+    }
 
     def hide_in(_: str, leaf: Any) -> Any:
         for secret in sorted(hidden, key=len, reverse=True) if isinstance(leaf, str) else ():
@@ -114,6 +130,13 @@ def hide(value: Any, names: Iterable[str]) -> Any:
         return leaf
 
     return _map(value, hide_in)
+
+
+def _forms(secret: str) -> set[str]:
+    """A secret as it may stand in a text: as it is, as Python and JSON quote it, and as pydantic shortens that."""
+    quoted = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    whole = repr(secret)  # pydantic: of more than 50 characters the first 25 and the last 24
+    return quoted | ({f"{whole[:25]}...{whole[-24:]}"} if len(whole) > 50 else set())
 
 
 def _map(value: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:

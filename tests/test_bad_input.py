@@ -18,6 +18,7 @@ from hydra.core.singleton import Singleton
 
 from harness.config import REPOSITORY
 from harness.launch import process, sweep, train
+from harness.launch.preview import decide
 from harness.launch.process import Outcome
 from harness.record import report
 from harness.record.store import Attempt, Point, SweepDirectory, environment, write_json
@@ -258,6 +259,22 @@ def test_a_damaged_file_is_one_row_and_costs_no_other(
     (other,) = rows.values()
     assert other["status"] == "ok"
     assert other["rank"]
+
+
+@pytest.mark.parametrize("as_far_as", ["result.json", "result.partial.json"])
+def test_a_measurement_stays_though_nobody_was_left_to_say_so(as_far_as: str, tmp_path: Path) -> None:
+    """Everything was killed, or the disk was full, between the result and the status."""
+    directory = SweepDirectory(tmp_path, "grid")
+    attempt = record_attempt(directory)
+    measured, now = attempt.result(), attempt.status()["environment"]
+    attempt.result_file.rename(attempt.path / as_far_as)
+    write_json(
+        attempt.status_file, attempt.status() | {"status": "running", "reason": None, "pid": 1, "pid_started": -1}
+    )
+    (row,) = report.write_report(directory)
+    assert (row["status"], row["reason"], row["rank"]) == ("ok", None, "1")
+    assert attempt.result() == measured
+    assert decide(attempt.config(), attempt.point, now).action == "reuse"
 
 
 def test_failed_points_show_what_they_measured(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
         status = sweep.wait(300)
         now = results(tmp_path)
         assert {path: now.get(path) for path in measured} == measured, "a result was lost"
+        assert len({path.parents[1] for path in now}) == len(now), "a measured point ran again"
         measured = now
         if not plan and status == 0:
             break

@@ -103,3 +103,23 @@ def test_a_file_that_is_no_yaml_is_one_sentence(
             compose(overrides)
         with pytest.raises(ConfigError, match="a configuration file can't be read: "):
             Composer().compose(overrides)
+
+
+def test_a_file_that_is_no_yaml_is_not_what_a_misspelt_key_is_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr("harness.launch.compose.CONF", tmp_path / "conf")
+    (tmp_path / "conf" / "cluster" / "mine.yaml").write_bytes(b"\xd2\x00")
+    with pytest.raises(ConfigError, match=r"cluster\.nope is not a configuration key"):
+        compose(["cluster.nope=1"])
+
+
+@pytest.mark.parametrize("content", ["defaults: [mine, _self_]", "a: " + "[" * 3000 + "]" * 3000])
+def test_a_file_without_an_end_is_one_sentence(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr("harness.launch.compose.CONF", tmp_path / "conf")
+    (tmp_path / "conf" / "cluster" / "mine.yaml").write_text(content)
+    for composed_by in (compose, Composer().compose):
+        with pytest.raises(ConfigError, match=r"^cluster=mine leads in a circle or too deep: "):
+            composed_by(["cluster=mine"])

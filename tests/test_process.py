@@ -177,6 +177,17 @@ def test_a_hang_before_the_first_instruction_is_given_up(attempt: Attempt) -> No
     )
 
 
+def test_a_hang_before_the_first_rank_begins_is_given_up(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(process, "command", lambda *_: asleep)
+    monkeypatch.setattr(process, "START_SECONDS", 1.0)
+    began = time.monotonic()
+    assert run(attempt, "never", "launch.hang_seconds=1.0") == Outcome(
+        "hang", "no progress for launch.hang_seconds=1; ranks 0 and 1 yet to begin"
+    )
+    assert 2 < time.monotonic() - began < 20
+
+
 @pytest.mark.slow
 def test_a_lost_peer_is_not_the_reason_while_deepspeed_has_not_ended(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
@@ -376,6 +387,14 @@ KERNEL = "the kernel ran out of memory"
         ([LOST], [], 245, False, "", Outcome("crashed", "rank 1 was ended by SIGSEGV")),
         ([], [], 128 + 15, False, "", Outcome("crashed", "the deepspeed launcher was ended by SIGTERM")),
         ([], [], -9, False, "", Outcome("crashed", "the guard was ended by SIGKILL")),
+        ([], [], 128 + 6, False, "terminate called after throwing an instance of 'std::bad_alloc'\n",
+         Outcome("oom", "the deepspeed launcher was ended by SIGABRT: it could not allocate memory")),
+        ([], [], 128 + 6, False, "terminate called\n",
+         Outcome("crashed", "the deepspeed launcher was ended by SIGABRT")),
+        ([], [], 1, False, "Traceback (most recent call last):\nMemoryError\n", Outcome("oom", "MemoryError")),
+        ([error(0, "ValidationError", "1 validation error for Comet\nenabled\n  a boolean [type=bool]\n    For more")],
+         [], 1, False, "",
+         Outcome("crashed", "rank 0: ValidationError: 1 validation error for Comet enabled a boolean [type=bool]")),
         ([], [], 247, False, "", Outcome("crashed", "a rank was ended by SIGKILL")),
         ([], [1], 247, True, "", Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")),
         ([], [], 1, False, "RuntimeError: DefaultCPUAllocator: can't allocate memory",

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 from helpers import MACHINE, make_config
+from pydantic import BaseModel, ValidationError
 
 from harness.config import REPOSITORY, identity, load_config
 from harness.errors import ConfigError
@@ -66,6 +67,12 @@ def test_a_sweep_hands_a_secret_to_deepspeed_and_writes_it_nowhere(tmp_path: Pat
         f"deepspeed.comet.api_key={SECRET}=that=can=not=be=read",
         f"deepspeed.comet.api_key={SECRET},other",
         f"train.secret={SECRET}",
+        f"deepspeed.comet.api_key=true-{SECRET}",
+        f"deepspeed.comet.api_key=${{oc.env:MONITOR_API_KEY,{SECRET}}}",
+        f"deepspeed.x.api_keys=[{SECRET}]",
+        f"deepspeed.x.aws_access_key_id={SECRET}",
+        f"deepspeed.x.password1={SECRET}",
+        f"deepspeed.x.pwd={SECRET}",
         f"sweep.points=['deepspeed.comet.api_key={SECRET}']",
         f"sweep.points=['train.steps=3 \"deepspeed.x={{password: {SECRET}}}\"']",
     ],
@@ -87,6 +94,8 @@ def test_a_secret_that_is_typed_out_is_refused_and_not_repeated(override: str) -
         "deepspeed.x.tokens_per_second=3",
         "deepspeed.x.token_dropping=5",
         "deepspeed.x.use_token=true",
+        "deepspeed.x={use_token: true, token: false}",
+        "deepspeed.x.max_tokens=8",
         "data.path=/home/secretary/credentials.txt",
         "model.vocab_size=257",
         "deepspeed.x.secretary=bob",
@@ -140,6 +149,34 @@ def test_a_secret_that_is_typed_out_ends_a_sweep_before_it_leaves_a_trace(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["deepspeed.credentials.user=hunter2", "deepspeed.x.token.value=hunter2"])
+def test_a_secret_that_only_the_composition_shows_ends_a_sweep_as_well(override: str, tmp_path: Path) -> None:
+    """Of a point: no row and no file repeats it."""
+    grid = [[override, f"results_dir={tmp_path}"], ["train.seed=5", f"results_dir={tmp_path}"]]
+    refuse_typed_out(grid[0])
+    with pytest.raises(ConfigError, match="is given a secret") as error:
+        run_batch(grid, Composer(), SweepDirectory(tmp_path, "grid"), {}, first=True)
+    assert "hunter2" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+LONG, ODD = "sk-live-" + "ABCDEFGH" * 10, "p4ss'w\"ord\\with\nnewline"
+
+
+@pytest.mark.parametrize("secret", [SECRET, LONG, ODD, f"'{LONG}", "ümläut-ß"])
+def test_a_secret_is_hidden_however_it_is_quoted(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Monitor(BaseModel):
+        enabled: bool
+
+    monkeypatch.setenv("MONITOR_API_KEY", secret)
+    with pytest.raises(ValidationError) as error:
+        Monitor(enabled=secret)  # type: ignore[arg-type]
+    texts = [secret, repr(secret), json.dumps(secret), json.dumps([secret], ensure_ascii=False), str(error.value)]
+    for hidden in hide(texts, ["MONITOR_API_KEY"]):
+        assert TEXT in hidden
+        assert not any(part in hidden for part in (secret[:12], secret[-10:]))
+
+
 def test_the_identity_of_a_point_does_not_tell_its_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     def named() -> str:
         return identity(load_config(compose([f"deepspeed.comet.api_key={TEXT}"]), MACHINE), "data")
@@ -171,7 +208,9 @@ def end_with(status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+@pytest.mark.parametrize("can_report", [True, False])
 def test_a_rank_that_fails_tells_no_secret(
+    can_report: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -195,11 +234,15 @@ def test_a_rank_that_fails_tells_no_secret(
     monkeypatch.setattr(worker, "_finish", end_with)
     monkeypatch.setitem(worker.TASKS, "fail", __name__)
     monkeypatch.setattr(sys.modules[__name__], "fail", fail, raising=False)
+    if not can_report:
+        (attempt.path / "errors").write_text("in the way")
     with pytest.raises(SystemExit, match="1"):
         worker.main([str(attempt.path), "fail"])
-    error = read_json(attempt.error_file(0)) or {}
-    assert error["message"] == f"input_value='{TEXT}' is no flag"
-    assert SECRET not in json.dumps(error) + "".join(capsys.readouterr()) + caplog.text
+    said, error = "".join(capsys.readouterr()), read_json(attempt.error_file(0)) or {}
+    assert error.get("message") == (f"input_value='{TEXT}' is no flag" if can_report else None)
+    assert ("rank 0 can't report in errors/: " in said) != can_report
+    assert f"input_value='{TEXT}' is no flag" in said
+    assert SECRET not in json.dumps(error) + said + caplog.text
     assert TEXT in caplog.text
 
 

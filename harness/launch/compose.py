@@ -7,9 +7,10 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import hydra
@@ -165,6 +166,11 @@ def one_sentence(overrides: Sequence[str], load: Load | None = None) -> Iterator
         raise ConfigError(_sentence(error, load or _load)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"a configuration file can't be read: {' '.join(str(error).split())}; correct it") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{' '.join(overrides) or 'the configuration'} leads in a circle or too deep: a file's defaults name each "
+            "other; correct them"
+        ) from error
     except ValueError as error:
         if not str(error).startswith("Config group override"):
             raise
@@ -209,13 +215,21 @@ def _unknown_key(key: str, load: Load) -> str:
         *(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"),
     ]
     section, _, name = key.rpartition(".")
-    owners = [file.stem for file in sorted((CONF / section).glob("*.yaml")) if name in OmegaConf.load(file)]
+    owners = [file.stem for file in sorted((CONF / section).glob("*.yaml")) if name in _keys(file)]
     close = difflib.get_close_matches(key, known, n=1)
     if section and owners:
         remedy = f"only {section}={' and '.join(owners)} has it"
     else:
         remedy = f"did you mean {close[0]}?" if close else "launchers/train.py --cfg job lists them all"
     return f"{key} is not a configuration key; {remedy}"
+
+
+def _keys(file: Path) -> Container[Any]:
+    """What a file of a group sets; nothing where it can't be read, which is not what is asked."""
+    try:
+        return OmegaConf.load(file)
+    except Exception:
+        return ()
 
 
 def _dotted(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

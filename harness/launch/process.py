@@ -34,7 +34,6 @@ from harness.record.diagnose import (
     Outcome,
     Remains,
     count_oom_kills,
-    is_measured,
     judge,
     read_end,
     read_remains,
@@ -49,6 +48,8 @@ WORKER = "harness.run.worker"
 """Module that a rank runs."""
 
 POLL_SECONDS = 0.05
+START_SECONDS = 60.0
+"""For `deepspeed` to start the ranks, beside launch.hang_seconds: its imports leave no heartbeat."""
 FAREWELL_SECONDS = 1.0
 """For ranks to end by themselves once there is a result."""
 ERROR_SECONDS = 3.0
@@ -219,7 +220,7 @@ def _run_once(
             _end(guard, attempt, received)
             if tail:
                 tail.print_new()
-    if ended_by_us is not None and not is_measured(attempt):
+    if ended_by_us is not None and not attempt.keep_partial_result():
         return ended_by_us
     return judge(attempt, remains, exit_status=exit_status, oom_killed=count_oom_kills() > oom_kills)
 
@@ -282,7 +283,7 @@ class _Watch:
         self.heartbeats: list[Heartbeat] = []
 
     def idle_seconds(self) -> float:
-        """Time since a rank last began or ended something; 0 before the first begins."""
+        """Time since a rank last began or ended something; before the first begins, since all should have."""
         now = time.monotonic()
         if now - self._looked > 0.5:
             self._looked, found = now, read_heartbeats(self._attempt.path)
@@ -290,7 +291,7 @@ class _Watch:
                 self._changed, self.heartbeats = now, found
             if any(heartbeat.is_gone() for heartbeat in found):
                 self.remains()
-        return now - self._changed if self.heartbeats else 0.0
+        return now - self._changed - (0 if self.heartbeats else START_SECONDS)
 
     def remains(self) -> Remains:
         """What the ranks have left by now; of those that are gone in silence the first, as deepspeed ends the rest."""

@@ -41,7 +41,7 @@ from harness.record.metrics import is_sound, point_row
 from harness.record.report import print_report, write_report
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
 from harness.record.tracking import finish_mirrors, start_mirrors
-from harness.secrets import refuse_typed_out
+from harness.secrets import TypedOut, refuse_typed_out
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -173,6 +173,8 @@ def check_points(batch: Sequence[Sequence[str]], composer: Composer, machine: Ma
             raw = composer.compose(overrides)
             config = load_config(raw, machine)
             identity = data_identity(config, prepare_once)
+        except TypedOut:
+            raise  # before the sweep leaves a trace
         except ConfigError as error:
             return Candidate(overrides, raw, reason=str(error))
         return Candidate(overrides, raw, config, identity)

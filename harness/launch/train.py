@@ -42,6 +42,12 @@ def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
     print(f"{config.model.name} {config.slug} m={config.num_micro_batches}: {attempt.path}", flush=True)
     outcome, mirror = run_and_mirror(attempt, config, machine, echo=True)
     draw_and_finish(attempt, mirror)
+    result = attempt.result() or {}
+    if result.keys() == {"row", "missing"}:  # the ranks were ended before they could say so
+        print(
+            f"warning: measured, but what result.json holds besides is missing: {'; '.join(result['missing'])}",
+            file=sys.stderr,
+        )
     return exit_status(attempt, outcome)
 
 

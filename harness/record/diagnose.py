@@ -74,13 +74,6 @@ def read_remains(attempt: Attempt, world_size: int) -> Remains:
     return Remains(errors, sorted(silent), sorted(gone & silent), sorted(absent))
 
 
-def is_measured(attempt: Attempt) -> bool:
-    """Whether the ranks measured to the end; where they were ended after it, what they had becomes the result."""
-    if attempt.result() is None and read_json(attempt.partial_result_file) is not None:
-        attempt.partial_result_file.replace(attempt.result_file)
-    return attempt.result() is not None
-
-
 def judge(attempt: Attempt, remains: Remains, *, exit_status: int | None = None, oom_killed: bool = False) -> Outcome:
     """How an attempt ended; a complete result makes it ok whatever happened later.
 
@@ -88,11 +81,11 @@ def judge(attempt: Attempt, remains: Remains, *, exit_status: int | None = None,
         exit_status: of the guard, where the harness started the run and it has ended.
         oom_killed: the kernel has ended a process for want of memory meanwhile.
     """
-    if is_measured(attempt):
+    if attempt.keep_partial_result():
         return Outcome("ok")
     return (
         _by_report(remains)
-        or _by_signal(remains, exit_status, oom_killed)
+        or _by_signal(attempt.log_file, remains, exit_status, oom_killed)
         or _by_silence(remains, oom_killed)
         or _by_log(attempt.log_file, exit_status)
     )
@@ -107,7 +100,7 @@ def _by_report(remains: Remains) -> Outcome | None:
     return Outcome("oom" if any(error.get("oom") for error in real) else "crashed", _error_reason(real))
 
 
-def _by_signal(remains: Remains, exit_status: int | None, oom_killed: bool) -> Outcome | None:
+def _by_signal(log: Path, remains: Remains, exit_status: int | None, oom_killed: bool) -> Outcome | None:
     """The deadly signal that the exit status of the guard tells of."""
     # The guard passes the death of deepspeed on as 128 + n, deepspeed that of a rank as 256 - n.
     if exit_status is None or 0 <= exit_status <= 128:
@@ -119,6 +112,8 @@ def _by_signal(remains: Remains, exit_status: int | None, oom_killed: bool) -> O
     reason = f"{victim} was ended by {signal.Signals(number).name}"
     if number == signal.SIGKILL and oom_killed:
         return Outcome("oom", f"{reason}: the kernel ran out of memory")
+    if number == signal.SIGABRT and OUT_OF_MEMORY.search(read_end(log)):  # terminate called after std::bad_alloc
+        return Outcome("oom", f"{reason}: it could not allocate memory")
     return Outcome("crashed", reason)
 
 
@@ -158,7 +153,9 @@ def _victim(remains: Remains) -> str:
 
 def _error_reason(errors: list[dict[str, Any]]) -> str:
     error = next((error for error in errors if error.get("oom")), errors[0])
-    message = next((line.strip() for line in str(error.get("message")).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error.get("message")).splitlines() if line.strip()]
+    # What pydantic says first is how many errors there are.
+    message = " ".join(lines[: 3 if error.get("type") == "ValidationError" else 1])
     peak = error.get("peak_memory_bytes") if error.get("oom") else None
     used = f" (its peak so far: {peak / 2**20:,.0f} MiB)" if isinstance(peak, int) else ""
     return f"rank {error.get('rank')}: {error.get('type')}: {message}"[:500] + used

@@ -15,6 +15,8 @@ old or the new one; a damaged file reads as absent, and the attempt as one that 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -40,7 +42,7 @@ from harness.strict_json import dumps, with_numbers
 Status = Literal["pending", "running", "interrupted", "ok", "invalid", "oom", "timeout", "hang", "crashed"]
 
 OUT_OF_MEMORY = re.compile(
-    r"OutOfMemory|out of memory|can(no|')t allocate memory|bad_alloc|not enough memory", re.IGNORECASE
+    r"OutOfMemory|MemoryError|out of memory|can(no|')t allocate memory|bad_alloc|not enough memory", re.IGNORECASE
 )
 """What torch, C++ and the kernel say."""
 
@@ -68,6 +70,11 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; make room there, or set results_dir to another disk" if is_full else ""
+        raise OSError(error.errno, f"{error.strerror}{remedy}", str(path)) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -281,10 +288,19 @@ class Attempt:
         if content is None or "status" not in content:
             return {"status": "interrupted", "reason": f"{self.status_file.name} is missing or damaged"}
         if content["status"] in ("pending", "running") and not is_alive(content):
+            if "environment" in content and self.keep_partial_result():  # only the word that it was measured is missing
+                return content | {"status": "ok", "reason": None}
             return content | {"status": "interrupted", "reason": "the process that ran it is gone"}
         if content["status"] == "ok" and self.result() is None:
             return content | {"status": "crashed", "reason": f"{self.result_file.name} is missing or damaged"}
         return content
+
+    def keep_partial_result(self) -> bool:
+        """Whether its ranks measured to the end; where they were ended after it, what they had becomes the result."""
+        if self.result() is None and read_json(self.partial_result_file) is not None:
+            with contextlib.suppress(OSError):  # a folder that can only be read
+                self.partial_result_file.replace(self.result_file)
+        return self.result() is not None
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None when it is missing or damaged."""

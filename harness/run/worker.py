@@ -142,8 +142,8 @@ class _UnwatchedRank:
                 self._conclude(self._attempt)
             elif not isinstance(error, _Stopped):
                 traceback.print_exception(error)
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as problem:
+            traceback.print_exception(problem, chain=False)  # what it came after may hold secrets
         finally:
             _finish(1, self._copies)
 
@@ -209,8 +209,11 @@ def initialize_distributed() -> None:
 def _report(attempt: Attempt, rank: int, error: BaseException) -> None:
     """Leave what ended this rank in errors/, for whoever judges the run."""
     secrets = variables(attempt.raw_config())
-    attempt.error_file(rank).parent.mkdir(exist_ok=True)
-    write_json(attempt.error_file(rank), hide(describe_error(rank, error), secrets))
+    try:
+        attempt.error_file(rank).parent.mkdir(exist_ok=True)
+        write_json(attempt.error_file(rank), hide(describe_error(rank, error), secrets))
+    except OSError as problem:  # a full disk: the run is judged without it
+        print(f"rank {rank} can't report in errors/: {problem}", file=sys.stderr)
     if not isinstance(error, _Stopped):
         print(hide("".join(traceback.format_exception(error)), secrets), file=sys.stderr)
 
