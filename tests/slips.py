@@ -420,6 +420,125 @@ SLIPS = [
             "masks_from_the_start_after_resuming": ("    engine.global_steps = meta.step  # dropout draws by it\n", ""),
         },
     ),
+    *slips(
+        "harness/model/block.py",
+        "tests/test_model.py -k dropout_is_where",
+        False,
+        {
+            "no_dropout_after_attention": (
+                "self.attention_dropout(self.attention(self.attention_norm(hidden)))",
+                "self.attention(self.attention_norm(hidden))",
+            ),
+            "dropout_around_the_residual": (
+                "hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))",
+                "self.mlp_dropout(hidden + self.mlp(self.mlp_norm(hidden)))",
+            ),
+        },
+    ),
+    *slips(
+        "harness/model/families.py",
+        "tests/test_model.py -k dropout_is_where",
+        False,
+        {
+            "embedding_drops_twice_as_much": (
+                "dropout = (model.dropout, streams",
+                "dropout = (2 * model.dropout, streams",
+            )
+        },
+    ),
+    *slips(
+        "harness/model/families.py",
+        "tests/test_dropout.py -k share_streams",
+        False,
+        {"slices_of_the_embedding_share_a_mask": ('"embedding", tp.slice_rank)', '"embedding", None)')},
+    ),
+    *slips(
+        "harness/model/weights.py",
+        "tests/test_weights.py -k as_wide_as",
+        False,
+        {"width_of_weights_fixed": ("std = model.initializer_range", "std = 0.02")},
+    ),
+    *slips(
+        "harness/plan/memory.py",
+        "tests/test_memory.py -k buffers_and_masks or share_a_head",
+        False,
+        {
+            "shared_keys_are_halved": (
+                "max(model.num_key_value_heads // tp, 1) * model.head_dim",
+                "model.num_key_value_heads * model.head_dim // tp",
+            ),
+            "mask_of_the_embedding_everywhere": ("if stage == 0 and model.dropout > 0", "if model.dropout > 0"),
+            "buffers_not_sliced": ("        received //= num_slices(parallel)\n", ""),
+            "middle_stages_receive_once": ("((stage > 0) + (stage < p - 1))", "(p > 1)"),
+        },
+    ),
+    *slips(
+        "harness/plan/explain.py",
+        "tests/test_accounting.py -k jitter",
+        False,
+        {
+            "simulated_with_jitter": (
+                'bubbles["transfer"], bubbles["host"], causes',
+                'bubbles["jitter"], bubbles["host"], causes',
+            )
+        },
+    ),
+    *slips(
+        "harness/breakdown.py",
+        "tests/test_breakdown.py -k spread or residual",
+        False,
+        {
+            "first_steps_stand_for_a_run": ("values[i * len(values) // count]", "values[i]"),
+            "negative_residuals_are_small": ("100 * abs(a.residual_seconds)", "100 * a.residual_seconds"),
+        },
+    ),
+    *slips(
+        "harness/run/train.py",
+        "tests/test_metrics.py -k replicas",
+        False,
+        {
+            "largest_bubble_of_replicas": (
+                "fraction=sum(b.fraction for b in bubbles) / count",
+                "fraction=max(b.fraction for b in bubbles)",
+            ),
+            "stages_of_their_first_rank": ("for tp in range(topology.tp)]", "for tp in range(1)]"),
+        },
+    ),
+    *slips(
+        "harness/run/train.py",
+        "tests/test_metrics.py -k of_torch",
+        True,
+        {
+            "rate_of_the_next_step": (
+                "learning_rate=learning_rate,",
+                "learning_rate=self.training.engine.get_lr()[0],",
+            ),
+            "norm_squared": ("            grad_norm=norm,", "            grad_norm=norm and norm**2,"),
+        },
+    ),
+    *slips(
+        "harness/run/data.py",
+        "tests/test_metrics.py -k of_torch",
+        True,
+        {
+            "half_of_the_tokens_count": (
+                "return self._config.train.global_batch_size * self._config.train.sequence_length",
+                "return self._config.train.global_batch_size * self._config.train.sequence_length // 2",
+            ),
+        },
+    ),
+    *slips(
+        "harness/run/deepspeed_config.py",
+        "tests/test_metrics.py -k add_up_in",
+        False,
+        {"micro_batches_add_up_in_bf16": ("config.gradient_dtype", "config.train.precision")},
+    ),
+    *slips(
+        "harness/record/store.py",
+        "tests/test_bad_input.py -k nobody_was_left",
+        False,
+        {"unsaid_results_are_lost": ('if "environment" in content and self.keep_partial_result()', "if False")},
+    ),
 ]
 
 

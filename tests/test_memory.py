@@ -59,6 +59,14 @@ def test_buffers_and_masks_by_hand() -> None:
         assert masks == [n * tokens * width / slices for n in of_stages]
 
 
+def test_ranks_that_share_a_head_keep_all_of_its_keys() -> None:
+    """llama with h = f = 64, 4 heads of 16, one key-value head on 2 ranks: q = 32, k = 16, f = 32 on each."""
+    shape = ["hidden_size=64", "intermediate_size=64", "num_attention_heads=4", "num_key_value_heads=1", "head_dim=16"]
+    config = big("model=llama_tiny", *(f"model.{key}" for key in shape), "parallel.tp=2")
+    counted = block_activation_bytes_per_token(config.model, config.parallel, "fp32")
+    assert counted == 4 * (4 * 64 + 3 * (32 + 16) + 4 * 32) + 4 * (4 // 2 + 2)
+
+
 def test_measured_beside_counted() -> None:
     config = big("parallel.pp=2", "parallel.tp=2", "parallel.dp=2")
     first, last = memory_beside_measured(config, [2, 2], [1, 5, 2, 3, 7, 9, 8, 6], "cpu")  # ranks 0-3 are stage 0
