@@ -227,7 +227,8 @@ class Launch(Section):
     timeout_seconds: PositiveFloat
     """Wall time of one run, start included."""
     hang_seconds: PositiveFloat
-    """Time without progress on any rank, from its first line to its last, where the harness starts `deepspeed`."""
+    """Time without progress on any rank, from its first line to its last, where the harness starts `deepspeed`; a
+    minute more for the first rank to begin."""
     memory_limit_bytes: PositiveInt | None
     """Private memory of one process (RLIMIT_DATA); null: no limit."""
     threads_per_rank: PositiveInt
