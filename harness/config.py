@@ -183,7 +183,8 @@ class Cluster(Section):
 
     name: str
     device_name: str | None
-    """Part of the name the device reports; null: what this machine has. MFU uses peak_flops where it fits."""
+    """The name the device reports, or a part of it that no file of conf/cluster/ has; null: what this machine has. MFU
+    uses peak_flops where it fits."""
     num_nodes: PositiveInt
     devices_per_node: PositiveInt | None
     """null: what this machine has."""

@@ -144,7 +144,8 @@ def _check_torch(gpu: Gpu, compute_capability: float | None) -> None:
     if compute_capability is not None and compute_capability < smallest:
         raise ConfigError(
             f"this machine has a GPU of compute capability {compute_capability}, but the installed PyTorch is for CUDA "
-            f"{cuda}, which needs {smallest} or more; install a PyTorch for an older CUDA, or {ON_CPU}"
+            f"{cuda}, which needs {smallest} or more; choose newer GPUs by CUDA_VISIBLE_DEVICES, install a PyTorch for "
+            f"an older CUDA, or {ON_CPU}"
         )
 
 

@@ -31,7 +31,7 @@ SECRET = (
 # default.
 TYPED_OUT = re.compile(
     rf"(?<![\w\-.])((?:[\w\-]+\.)*{SECRET})['\"]?\s*[=:]\s*['\"\\]*"
-    r"(?!(?:null|none|true|false)(?=[\s'\",}\]]|$)|[^\s,]*\$\{(?!oc\.env:[^{}]*,))[^\s'\"\\,}\]]",
+    r"(?!(?:null|none|true|false)(?=[\s'\",}\]]|$)|(?:(?:bearer|basic)\s+)?[^\s,]*\$\{(?!oc\.env:[^{}]*,))[^\s'\"\\,}\]]",
     re.IGNORECASE,
 )
 SHORTEST = 4
@@ -118,10 +118,10 @@ def fill_in(value: Any) -> Any:
 def hide(value: Any, names: Iterable[str]) -> Any:
     """A copy of containers or a text in which `${oc.env:NAME}` stands instead of the values of variables."""
     hidden = {
-        form: f"${{oc.env:{name}}}"
+        form: instead
         for name in names
         if len(secret := os.environ.get(name, "")) >= SHORTEST
-        for form in _forms(secret)
+        for form, instead in _forms(secret, f"${{oc.env:{name}}}").items()
     }
 
     def hide_in(_: str, leaf: Any) -> Any:
@@ -132,11 +132,19 @@ def hide(value: Any, names: Iterable[str]) -> Any:
     return _map(value, hide_in)
 
 
-def _forms(secret: str) -> set[str]:
-    """A secret as it may stand in a text: as it is, as Python and JSON quote it, and as pydantic shortens that."""
-    quoted = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    whole = repr(secret)  # pydantic: of more than 50 characters the first 25 and the last 24
-    return quoted | ({f"{whole[:25]}...{whole[-24:]}"} if len(whole) > 50 else set())
+def _forms(secret: str, text: str) -> dict[str, str]:
+    """How a secret may stand in a text, and what stands there instead.
+
+    As it is, as Python and JSON quote it, and what is left of that where pydantic shortens whatever holds it, to its
+    first 25 and last 24 characters.
+    """
+    whole = {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    forms = dict.fromkeys(whole, text)
+    for form in whole:
+        for length in range(SHORTEST, min(len(form), 26)):
+            forms[f"{form[:length]}..."] = f"{text}..."
+            forms[f"...{form[-length:]}"] = f"...{text}"
+    return forms
 
 
 def _map(value: Any, change: Callable[[str, Any], Any], key: str = "") -> Any:

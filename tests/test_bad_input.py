@@ -269,12 +269,15 @@ def test_a_measurement_stays_though_nobody_was_left_to_say_so(as_far_as: str, tm
     measured, now = attempt.result(), attempt.status()["environment"]
     attempt.result_file.rename(attempt.path / as_far_as)
     write_json(
-        attempt.status_file, attempt.status() | {"status": "running", "reason": None, "pid": 1, "pid_started": -1}
+        attempt.status_file,
+        {key: value for key, value in attempt.status().items() if key != "ended"}
+        | {"status": "running", "reason": None, "pid": 1, "pid_started": -1},
     )
     (row,) = report.write_report(directory)
     assert (row["status"], row["reason"], row["rank"]) == ("ok", None, "1")
     assert attempt.result() == measured
     assert decide(attempt.config(), attempt.point, now).action == "reuse"
+    assert attempt.status()["ended"]
 
 
 def test_failed_points_show_what_they_measured(tmp_path: Path) -> None:

@@ -193,7 +193,9 @@ def test_a_light_model_waits_for_launches(gpu: torch.device, tmp_path: Path) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [["train.precision=fp32"], ["train.precision=bf16"], FP16], ids=["fp32", "bf16", "fp16"]
+    "options",
+    [["train.precision=fp32", "model.dropout=0.1"], ["train.precision=bf16"], FP16],
+    ids=["fp32", "bf16", "fp16"],
 )
 def test_parity_on_a_gpu(options: list[str], gpu: torch.device, tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "launchers" / "verify.py"), *options, f"results_dir={tmp_path}"]

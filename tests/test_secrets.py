@@ -73,6 +73,7 @@ def test_a_sweep_hands_a_secret_to_deepspeed_and_writes_it_nowhere(tmp_path: Pat
         f"deepspeed.x.aws_access_key_id={SECRET}",
         f"deepspeed.x.password1={SECRET}",
         f"deepspeed.x.pwd={SECRET}",
+        f"deepspeed.x.authorization='Bearer {SECRET}'",
         f"sweep.points=['deepspeed.comet.api_key={SECRET}']",
         f"sweep.points=['train.steps=3 \"deepspeed.x={{password: {SECRET}}}\"']",
     ],
@@ -96,6 +97,7 @@ def test_a_secret_that_is_typed_out_is_refused_and_not_repeated(override: str) -
         "deepspeed.x.use_token=true",
         "deepspeed.x={use_token: true, token: false}",
         "deepspeed.x.max_tokens=8",
+        f"deepspeed.x.authorization='Bearer {TEXT}'",
         "data.path=/home/secretary/credentials.txt",
         "model.vocab_size=257",
         "deepspeed.x.secretary=bob",
@@ -169,9 +171,17 @@ def test_a_secret_is_hidden_however_it_is_quoted(secret: str, monkeypatch: pytes
         enabled: bool
 
     monkeypatch.setenv("MONITOR_API_KEY", secret)
-    with pytest.raises(ValidationError) as error:
-        Monitor(enabled=secret)  # type: ignore[arg-type]
-    texts = [secret, repr(secret), json.dumps(secret), json.dumps([secret], ensure_ascii=False), str(error.value)]
+    texts = [secret, repr(secret), json.dumps(secret), json.dumps([secret], ensure_ascii=False)]
+    for value in (
+        secret,
+        [secret],
+        f"Bearer {secret}",
+        {"api_key": secret, "x": 1},
+        {"mode": {"auth": [f"a {secret}"]}},
+    ):
+        with pytest.raises(ValidationError) as error:
+            Monitor(enabled=value)  # type: ignore[arg-type]
+        texts.append(str(error.value))
     for hidden in hide(texts, ["MONITOR_API_KEY"]):
         assert TEXT in hidden
         assert not any(part in hidden for part in (secret[:12], secret[-10:]))

@@ -106,5 +106,11 @@ def test_gpus_without_bf16_train_in_fp32(checkout: Path) -> None:
     assert "train.precision=fp32" not in quickstart(checkout, 1, STANDIN_COMPUTE_CAPABILITY="10.0")[-1]
 
 
+def test_hidden_gpus_decide_nothing(checkout: Path) -> None:
+    mixed = {"STANDIN_COMPUTE_CAPABILITY": "7.5,8.0,9.0", "CUDA_VISIBLE_DEVICES": "1,2"}
+    assert "train.precision=fp32" not in quickstart(checkout, 3, **mixed)[-1]
+    assert "train.precision=fp32" in quickstart(checkout, 3, **{**mixed, "CUDA_VISIBLE_DEVICES": "0,1"})[-1]
+
+
 def test_without_gpus_it_is_the_grid_for_two_cores(checkout: Path) -> None:
     assert quickstart(checkout, 0)[-1] == ["python", "launchers/sweep.py", "sweep=quickstart", "sweep.dry_run=true"]

@@ -93,7 +93,7 @@ def run_attempt(
     """
     with contextlib.nullcontext(received) if received is not None else stop_signals() as signals:
         for earlier in attempt.point.attempts():
-            if "guard" in (status := earlier.status()) and status["status"] == "interrupted":
+            if "guard" in (status := earlier.status()) and status["status"] in ("interrupted", "ok"):
                 end_marked(earlier.path)
         attempt.write_status("running", environment=environment(machine))
         outcome = _run_once(attempt, config, machine, echo, signals, task)

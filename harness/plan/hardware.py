@@ -56,8 +56,10 @@ def unused_peak(config: RunConfig, machine: Machine) -> str | None:
     cluster, precision, known = config.cluster, config.train.precision, known_clusters()
     peak = cluster.peak_flops.get(precision)
     in_files = [other.peak_flops.get(precision) for other in known if other.device_name == cluster.device_name]
-    if peak is None or peak in in_files or _means(cluster.device_name, machine, known):
+    if peak is None or _means(cluster.device_name, machine, known):
         return None
+    if peak in in_files and (cluster.device_name or "").lower() not in machine.device_name.lower():
+        return None  # its own file's: a cluster one does not have
     return (
         f"MFU by cluster.peak_flops.{precision}={peak:g}: that is of cluster.device_name={cluster.device_name}, and "
         f"this machine has {machine.device_name}; set cluster.device_name=null where it is meant"

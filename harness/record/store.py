@@ -289,7 +289,8 @@ class Attempt:
             return {"status": "interrupted", "reason": f"{self.status_file.name} is missing or damaged"}
         if content["status"] in ("pending", "running") and not is_alive(content):
             if "environment" in content and self.keep_partial_result():  # only the word that it was measured is missing
-                return content | {"status": "ok", "reason": None}
+                ended = datetime.fromtimestamp(self.result_file.stat().st_mtime, UTC).isoformat(timespec="milliseconds")
+                return content | {"status": "ok", "reason": None, "ended": ended}
             return content | {"status": "interrupted", "reason": "the process that ran it is gone"}
         if content["status"] == "ok" and self.result() is None:
             return content | {"status": "crashed", "reason": f"{self.result_file.name} is missing or damaged"}
