@@ -18,7 +18,7 @@ from harness.record.store import environment
     ("benchmark", "arguments", "says"),
     [
         ("overhead", "--pairs 1", ["parallel.pp=1 ", "parallel.pp=2 "]),
-        ("point_cost", "--points 1", ["until the next point begins", "the sweep's own cost of a point"]),
+        ("point_cost", "--points 2", ["until the next point begins", "the sweep's own cost of a point"]),
     ],
 )
 def test_a_benchmark_runs(benchmark: str, arguments: str, says: list[str], tmp_path: Path) -> None:
