@@ -60,6 +60,10 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=4)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
+    if arguments.points < 2:
+        parser.error(
+            f"--points {arguments.points} are too few; the cost of a point ends where the next begins, so 2 or more"
+        )
     print_circumstances()
     with tempfile.TemporaryDirectory() as folder:
         parts = measure(Path(folder), arguments.points, arguments.overrides)
