@@ -20,7 +20,7 @@ from harness.machine import Machine
 from harness.record import diagnose
 from harness.record.diagnose import Outcome, Remains, judge, read_remains
 from harness.record.heartbeat import DONE, Heart
-from harness.record.store import Attempt, SweepDirectory, write_json
+from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
 
 RANK = """
 import json, os, signal, sys, time
@@ -143,6 +143,23 @@ def test_ranks_that_end_after_the_measurement_lose_nothing(attempt: Attempt) -> 
     assert run(attempt, "measured") == Outcome("ok")
     assert attempt.result() == {"row": {"step_seconds": 1.0}, "missing": ["the rest"]}
     assert not attempt.partial_result_file.exists()
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_what_an_earlier_attempt_left_is_ended(attempt: Attempt, measured: bool) -> None:
+    """Its harness and its guard were killed, before or after it had measured; a rank of it goes on."""
+    attempt.write_status("running", environment=environment(MACHINE), guard={"pid": 1, "started": -1})
+    gone = {"pid": 1, "pid_started": -1}
+    write_json(attempt.status_file, (read_json(attempt.status_file) or {}) | gone)
+    if measured:
+        write_json(attempt.partial_result_file, {"row": {}, "missing": []})
+    left = subprocess.Popen(["sleep", "600"], env=os.environ | {process.MARK: str(attempt.path.resolve())})
+    try:
+        assert attempt.status()["status"] == ("ok" if measured else "interrupted")
+        run(attempt.point.new_attempt(), "ok")
+        assert left.wait(5) < 0
+    finally:
+        left.kill()
 
 
 def test_the_first_real_error_is_the_reason(attempt: Attempt) -> None:
