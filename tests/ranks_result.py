@@ -1,6 +1,7 @@
 """Rank program: trainings under difficulties, one after the other; answers with result.json and metrics.jsonl of each.
 
-`broken`: whatever a result has besides the measurement fails. `slow`: rank 0 takes long to write down each step.
+`broken`: whatever a result has besides the measurement fails. `slow`: rank 0 takes long to write down each step, and
+the peak memory that the system reports falls from step to step, of rank 0 by 100 bytes and of the last by 200.
 `drifting`: the last rank's clock is ahead by seconds and runs too fast.
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,13 @@ def main() -> None:
     initialize_distributed()
     loop = harness.run.train.Loop
     originals = loop._record, loop.close
+    read_peak = harness.run.train.peak_memory_bytes
     for name, overrides in argument["runs"].items():
         loop._record, loop.close = originals
+        harness.run.train.peak_memory_bytes = read_peak
         if name == "slow":
+            falling = count(2**30, -100 if RANK == 0 else -200)
+            harness.run.train.peak_memory_bytes = lambda _, falling=falling: next(falling)
             loop._record = after(loop._record, lambda: time.sleep(argument["slow_seconds"]))
         if name == "drifting":
             drift = argument["drift"]

@@ -355,7 +355,7 @@ SLIPS = [
         True,
         {
             "fastest_rank": ("step_seconds=max(rank", "step_seconds=min(rank"),
-            "smallest_rank": ("peak_memory_bytes=max(rank", "peak_memory_bytes=min(rank"),
+            "smallest_rank": ("peak_memory_bytes=max(", "peak_memory_bytes=min("),
         },
     ),
     *slips(

@@ -70,6 +70,14 @@ def test_every_ranks_memory_and_the_data_are_recorded(answer: Any) -> None:
     assert len(result["data"]["sha256"]) == 64
 
 
+def test_a_peak_never_falls(answer: Any) -> None:
+    """Linux counts resident pages approximately, and its peak (VmHWM) may be lower than it was a step before."""
+    result, lines = answer["slow"]["result"], answer["slow"]["lines"]
+    assert result["peak_memory_bytes"] == [2**30, 2**30]
+    assert result["row"]["peak_memory_bytes"] == 2**30
+    assert [line["memory/peak_bytes"] for line in lines] == [2**30] * len(lines)
+
+
 def test_what_rank_0_does_between_steps_is_in_no_step(answer: Any) -> None:
     seconds = [line["perf/step_seconds"] for line in answer["slow"]["lines"]]
     # Three slots of 15 ms are a step; whatever else the machine does only adds to it. With rank 0's writing of the

@@ -112,7 +112,7 @@ class Loop:
     ) -> None:
         self.config, self.rank, self.training, self.tracer, self.device = config, rank, training, tracer, device
         self.records: list[StepRecord] = []
-        self.peak_bytes: list[int] = []
+        self.peak_bytes = [0] * dist.get_world_size()
         """By rank, so far; known to rank 0."""
         # What ranks tell each other for the record travels over gloo, also where the model uses NCCL.
         self.group = None if device.type == "cpu" else dist.new_group(backend="gloo")
@@ -197,6 +197,8 @@ class Loop:
         """Rank 0: one line of metrics.jsonl, one line for the user."""
         pipelines = group_by_stage(self.training.topology, [rank.activity for rank in ranks])
         stages = [[a for pipeline in pipelines for a in pipeline[s]] for s in range(self.config.parallel.pp)]
+        # Linux counts resident pages approximately: the peak it reports may be lower than it was.
+        self.peak_bytes = [max(known, rank.peak_bytes) for known, rank in zip(self.peak_bytes, ranks, strict=True)]
         record = StepRecord(
             step=step,
             loss=loss,
@@ -206,12 +208,11 @@ class Loop:
             bubble=mean_bubble([measured_bubble(pipeline) for pipeline in pipelines]),
             forward_seconds=[sum(a.forward_seconds for a in stage) / len(stage) for stage in stages],
             backward_seconds=[sum(a.backward_seconds for a in stage) / len(stage) for stage in stages],
-            peak_memory_bytes=max(rank.peak_bytes for rank in ranks),
+            peak_memory_bytes=max(self.peak_bytes),
             eval_loss=eval_loss,
             launch_gap_fraction=launch_gap_fraction(ranks) if self.device.type == "cuda" else None,
         )
         self.records.append(record)
-        self.peak_bytes = [rank.peak_bytes for rank in ranks]
         assert self._metrics is not None
         line = metrics_line(record, self.config)
         self._metrics.write(dumps(line) + "\n")
