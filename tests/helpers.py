@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -82,6 +82,15 @@ def record_attempt(
     attempt.metrics_file.write_text("".join(lines))
     attempt.write_status(status, reason)
     return attempt
+
+
+def closes(accounting: Mapping[str, Any]) -> bool:
+    """Whether no span is missing and the parts of a step sum to it, within 1 %.
+
+    Or within 20 ms: for so long a busy machine lets a process sleep just between the last instruction and the clock.
+    """
+    within = max(0.01 * accounting["step_seconds"], 0.02)
+    return accounting["num_missing"] == 0 and abs(accounting["residual_seconds"]) <= within
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from helpers import make_config, record_attempt
+from helpers import closes, make_config, record_attempt
 
 from harness.breakdown import (
     _mean_accounting,
@@ -105,7 +105,7 @@ def test_the_readable_part_of_a_cut_off_file_is_used_and_the_loss_is_said(tmp_pa
 def test_what_a_killed_run_lost_is_told_to_whoever_waits_for_its_pictures(tmp_path: Path) -> None:
     attempt, _ = simulated_run(tmp_path)
     whole = start_pictures(attempt)
-    assert finish_pictures([whole, None]) == []
+    assert finish_pictures([whole, None], timeout=600) == []
     file = attempt.spans_file(1)
     file.write_text(file.read_text()[:-20])
     attempt.spans_file(2).write_text("")
@@ -152,8 +152,7 @@ def test_real_models_close_their_accounts_and_show_what_is_inside_an_instruction
     run_ranks(4, "ranks_train", {"runs": list(overrides.items())}, tmp_path)
     detailed, plain = (json.loads((tmp_path / name / "result.json").read_text()) for name in overrides)
     for accounting in (*detailed["accounting"], *plain["accounting"]):
-        assert accounting["num_missing"] == 0
-        assert accounting["closes"], accounting
+        assert closes(accounting), accounting
     inside = ("tp_communication", "recomputation")
     assert all(stage["seconds"][part] > 0 for stage in detailed["accounting"] for part in inside)
     assert all(stage["seconds"][part] == 0 for stage in plain["accounting"] for part in inside)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from distributed import run_ranks, start_ranks
 from helpers import MACHINE, compose_raw, make_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
@@ -51,6 +51,7 @@ Lines = list[dict[str, Any]]
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 12))
+@settings(deadline=None)
 def test_rectangles_are_a_range_in_order(start: int, length: int, width: int) -> None:
     found = list(rectangles(start, start + length, width))
     assert len(found) <= 3
@@ -232,10 +233,10 @@ def test_text_with_nothing_to_hold_out_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_by_bit(tmp_path: Path) -> None:
-    """kill -9 of all ranks after 12, 19, 23 and 37 of 40 steps, and in the middle of writing a checkpoint."""
+    """kill -9 of all ranks after 12, 17, 23 and 37 of 40 steps, and in the middle of writing a checkpoint."""
     common = [*TINY, LAYOUTS["pp"], "train.steps=40", "train.checkpoint_interval=10"]
     newest = {}
-    for kill_at in (12, 19, 23, 37):
+    for kill_at in (12, 17, 23, 37):
         newest[f"{kill_at}/run"] = kill_at // 10 * 10
 
         def reached(lines: Path = tmp_path / f"{kill_at}/run/metrics.jsonl", kill_at: int = kill_at) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.clock import ClockOffset, RoundTrip, offset_of, to_reference
@@ -25,6 +25,7 @@ def test_an_offset_within_its_uncertainty_is_none() -> None:
 
 
 @given(there=NANOSECONDS, back=NANOSECONDS, offset=st.integers(-(10**15), 10**15))
+@settings(deadline=None)
 def test_the_truth_is_within_the_uncertainty(there: int, back: int, offset: int) -> None:
     found = offset_of([RoundTrip(0, there + offset, there + back)])
     assert abs(found.offset_ns - offset) <= 2 * found.uncertainty_ns  # twice: where the offset is taken for none

