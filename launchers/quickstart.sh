@@ -17,7 +17,8 @@ for tp in 1 2 4; do
     ((gpus % (tp * pp))) || points+=("'parallel.tp=$tp parallel.pp=$pp parallel.dp=$((gpus / tp / pp))'")
   done
 done
-if nvidia-smi ${CUDA_VISIBLE_DEVICES:+--id="$CUDA_VISIBLE_DEVICES"} --query-gpu=compute_cap --format=csv,noheader | grep -qE '^[0-7]\.'; then
+compute_capabilities=$(nvidia-smi ${CUDA_VISIBLE_DEVICES:+--id="$CUDA_VISIBLE_DEVICES"} --query-gpu=compute_cap --format=csv,noheader || true)
+if grep -qE '^[0-7]\.' <<<"$compute_capabilities"; then
   set -- train.precision=fp32 parallel.zero_stage=0 "$@" # before Ampere: no bf16, and less memory
 fi
 exec .venv/bin/python launchers/sweep.py sweep=quickstart_gpu sweep.points="[$(IFS=,; echo "${points[*]}")]" "$@"

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -82,6 +83,14 @@ def record_attempt(
     attempt.metrics_file.write_text("".join(lines))
     attempt.write_status(status, reason)
     return attempt
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; whoever is its parent need not have asked how."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def closes(accounting: Mapping[str, Any]) -> bool:

@@ -27,6 +27,7 @@ draw = torch.randn
 def main() -> None:
     dist.init_process_group("gloo")
     argument, rank, last = read_argument(), dist.get_rank(), dist.get_world_size() - 1
+    gemm.WINDOW_SECONDS = argument["window_seconds"]
     sizes: list[int] = []
     with Path(sys.argv[1], "core").open("a") as core:  # a description of its own for each rank: they exclude each other
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import MACHINE, make_config
+from helpers import MACHINE, is_gone, make_config
 
 from harness.launch import process
 from harness.launch.process import child_environment, command, run_attempt
@@ -28,17 +28,23 @@ from pathlib import Path
 
 attempt, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 kind = (attempt / "kind").read_text()
-(attempt / f"pid{rank}").write_text(f"{os.getpid()} {os.getppid()}")
 os.write(1, f"rank {rank} is here\\n".encode())
+(attempt / f"pid{rank}").write_text(f"{os.getpid()} {os.getppid()}")
+errors = [attempt / "errors" / f"rank{number:05d}.json" for number in range(2)]
+
+def wait_for(file):
+    while not file.exists():
+        time.sleep(0.01)
 
 def fail(rank, type, message, oom=False):
     (attempt / "errors").mkdir(exist_ok=True)
     error = dict(rank=rank, type=type, message=message, oom=oom, time=time.time(), traceback="")
-    (attempt / "errors" / f"rank{rank:05d}.json").write_text(json.dumps(error))
+    errors[rank].write_text(json.dumps(error))
     sys.exit(1)
 
 if kind == "ok":
     if rank == 0:
+        wait_for(attempt / "pid1")
         (attempt / "result.json.tmp").write_text('{"row": {}}')
         (attempt / "result.json.tmp").replace(attempt / "result.json")
     time.sleep(60)  # an interpreter that is slow to end
@@ -46,19 +52,19 @@ elif kind == "measured":
     if rank == 0:
         (attempt / "partial.tmp").write_text('{"row": {"step_seconds": 1.0}, "missing": ["the rest"]}')
         (attempt / "partial.tmp").replace(attempt / "result.partial.json")
-    while not (attempt / "result.partial.json").exists():
-        time.sleep(0.01)
+    wait_for(attempt / "result.partial.json")
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does without memory
     time.sleep(600)
 elif kind == "crash":
     if rank == 0:
-        time.sleep(0.2)
+        wait_for(errors[1])
         fail(0, "RuntimeError", "[gloo] Connection closed by peer [127.0.0.1]:1234")
-    time.sleep(0.1)
     fail(1, "ValueError", "the cause\\nand more")
 elif kind == "stuck":
     from harness.record.heartbeat import Heart
+    (attempt / f"ready{rank}").touch()
+    wait_for(attempt / f"ready{1 - rank}")
     heart = Heart(attempt, rank)
     for _ in range(20):  # a while of progress
         heart.mark(3, rank, 0, b"backward" if rank else b"recv_gradient")
@@ -71,6 +77,7 @@ elif kind == "stuck early":
     time.sleep(600)
 elif kind == "lost":
     if rank == 1:
+        wait_for(errors[0])
         os.kill(os.getpid(), signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # deepspeed waits half a minute for such a rank
     try:
@@ -88,7 +95,9 @@ elif kind == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
 elif kind == "import":
-    raise ImportError("no module of that name")
+    if rank == 0:
+        raise ImportError("no module of that name")
+    time.sleep(600)
 """
 
 
@@ -157,7 +166,7 @@ def test_what_an_earlier_attempt_left_is_ended(attempt: Attempt, measured: bool)
     try:
         assert attempt.status()["status"] == ("ok" if measured else "interrupted")
         run(attempt.point.new_attempt(), "ok")
-        assert left.wait(5) < 0
+        assert left.wait(60) < 0
     finally:
         left.kill()
 
@@ -169,12 +178,11 @@ def test_the_first_real_error_is_the_reason(attempt: Attempt) -> None:
 @pytest.mark.slow
 def test_a_hanging_run_is_given_up_and_nothing_remains(attempt: Attempt) -> None:
     began = time.monotonic()
-    outcome = run(attempt, "stubborn", "launch.timeout_seconds=10.0")
-    assert outcome == Outcome("timeout", "no result after launch.timeout_seconds=10; no step was done")
-    assert time.monotonic() - began < 20
+    outcome = run(attempt, "stubborn", "launch.timeout_seconds=30.0")
+    assert outcome == Outcome("timeout", "no result after launch.timeout_seconds=30; no step was done")
+    assert time.monotonic() - began < 45
     for rank in (0, 1):
-        child = int((attempt.path / f"child{rank}").read_text())
-        assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+        assert is_gone(int((attempt.path / f"child{rank}").read_text()))
 
 
 @pytest.mark.slow
@@ -189,7 +197,7 @@ def test_ranks_that_make_no_progress_are_given_up(attempt: Attempt) -> None:
 
 @pytest.mark.slow
 def test_a_hang_before_the_first_instruction_is_given_up(attempt: Attempt) -> None:
-    assert run(attempt, "stuck early", "launch.hang_seconds=2.0", "launch.timeout_seconds=30.0") == Outcome(
+    assert run(attempt, "stuck early", "launch.hang_seconds=2.0") == Outcome(
         "hang", "no progress for launch.hang_seconds=2; rank 0 in joining the other ranks; rank 1 yet to begin"
     )
 
@@ -250,7 +258,7 @@ def guarded(code: str, grace: float = 1.0, memory: str = "", cores: str = "") ->
     [("raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 11)", 128 + 11), ("pass", 0)],
 )
 def test_a_guard_passes_on_how_its_command_ended(code: str, status: int) -> None:
-    assert guarded(code).wait(20) == status
+    assert guarded(code).wait(60) == status
 
 
 DAEMON = """
@@ -268,11 +276,13 @@ os.wait()
 
 @pytest.mark.parametrize("how", ["command ends", "pipe ends", "at once", "SIGTERM"])
 def test_a_guard_ends_whatever_its_command_left(how: str) -> None:
-    guard = guarded(DAEMON + ("" if how == "command ends" else "time.sleep(600)"), grace=1.0)
+    grace, began = 10.0 if how == "at once" else 1.0, time.monotonic()
+    guard = guarded(DAEMON + ("" if how == "command ends" else "time.sleep(600)"), grace)
     assert guard.stdin
     assert guard.stdout
     daemon = int(guard.stdout.readline())
-    began = time.monotonic()
+    if how != "command ends":
+        began = time.monotonic()
     if how == "at once":
         guard.stdin.write("0")
         guard.stdin.flush()
@@ -280,9 +290,9 @@ def test_a_guard_ends_whatever_its_command_left(how: str) -> None:
         guard.terminate()
     if how in ("at once", "pipe ends"):
         guard.stdin.close()
-    guard.wait(20)
-    assert not psutil.pid_exists(daemon)
-    assert (time.monotonic() - began >= 1.0) == (how != "at once")
+    guard.wait(60)
+    assert is_gone(daemon)
+    assert (time.monotonic() - began >= grace) == (how != "at once")
 
 
 def test_a_guard_limits_memory_and_cores() -> None:
@@ -344,7 +354,7 @@ process.run_attempt(attempt, attempt.config(), detect_machine(), echo=False)
         pids(attempt, rank)
     harness.kill()
     harness.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while running(attempt) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert running(attempt) == []

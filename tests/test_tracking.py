@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt
+from helpers import MACHINE, OfflineRun, is_gone, read_offline_run, record_attempt
 
 from harness.record import report, tracking
 from harness.record.metrics import COLUMNS, row
@@ -49,7 +49,8 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory, warnings: io.StringIO) ->
     bad.metrics_file.unlink()
     bad.metrics_file.mkdir()
     sweep.record_invalid(["parallel.tp=3"], None, "parallel.tp=3 does not divide", "python launchers/train.py")
-    with contextlib.redirect_stderr(warnings):
+    with contextlib.redirect_stderr(warnings), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "finish_mirrors", lambda mirrors, timeout: finish_mirrors(mirrors, LIMIT_SECONDS))
         report.main([str(sweep.path), "--wandb"])
     return sweep
 
@@ -182,7 +183,7 @@ class TestLive:
         (warning,) = finish_mirrors([mirror], 0.0)
         assert "not done in 0 s" in warning
         assert "report.py --wandb" in warning
-        wait_until(lambda: not any(map(psutil.pid_exists, family)))
+        wait_until(lambda: all(map(is_gone, family)))
         assert running.wandb_run_id() is None
 
     def test_follows_a_run_to_its_end_and_replaces_what_was_given_up(self, running: Attempt) -> None:

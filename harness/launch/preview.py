@@ -65,12 +65,11 @@ def _seconds(status: Mapping[str, Any]) -> float:
     return max(0.0, (ended - started).total_seconds())
 
 
-def print_preview(decisions: Sequence[Decision], num_points: int, seconds: float | None, console: Console) -> None:
-    """How many points run, are reused, are kept as failed or are invalid, each with its reason.
+def print_preview(decisions: Sequence[Decision], num_points: int, sweep: SweepDirectory, console: Console) -> None:
+    """How many points run, are reused, are kept as failed or are invalid, each with its reason, and how long it takes.
 
     Args:
         num_points: asked for, those that are the same included.
-        seconds: expected duration, where known.
     """
     actions = Counter(decision.action for decision in decisions)
     num_runs = sum(decision.num_runs for decision in decisions)
@@ -89,5 +88,5 @@ def print_preview(decisions: Sequence[Decision], num_points: int, seconds: float
     for (action, why), count in sorted(counts.items(), key=lambda item: (order.index(item[0][0]), -item[1])):
         table.add_row(str(count), action, Text(why))
     console.print(table)
-    if seconds is not None:
+    if (seconds := expected_seconds(decisions, sweep)) is not None:
         console.print(f"Expected: about {f'{seconds / 60:.0f} min' if seconds >= 90 else f'{seconds:.0f} s'}.")

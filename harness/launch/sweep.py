@@ -31,7 +31,7 @@ from harness.breakdown import finish_pictures, start_pictures
 from harness.config import REPOSITORY, RunConfig, check_sweep_name, load_config
 from harness.errors import ConfigError
 from harness.launch.compose import Composer, environment_as_text, open_deepspeed, run_hydra
-from harness.launch.preview import Decision, decide, expected_seconds, print_preview
+from harness.launch.preview import Decision, decide, print_preview
 from harness.launch.process import end_marked, stop_signals
 from harness.launch.slots import Slots
 from harness.launch.train import data_identity, new_attempt, own_overrides, run_and_mirror
@@ -227,16 +227,15 @@ def run_batch(
             print(f"error: {reason}", file=sys.stderr)
         return [Measured(candidate.overrides, "invalid") for candidate in candidates]
     now = environment(machine)
-    decisions = decide_all(candidates, sweep, now)
-    preview = list(decisions.values()), len(candidates), expected_seconds(list(decisions.values()), sweep)
     if any(candidate.config.sweep.dry_run for candidate in candidates if candidate.config):
-        print_preview(*preview, console)
+        print_preview([*decide_all(candidates, sweep, now).values()], len(candidates), sweep, console)
         return [Measured(c.overrides, "pending" if c.config else "invalid") for c in candidates]
     with _alone(sweep):
-        end_marked(sweep.path)  # what an earlier process left, if it and its guard were killed
+        end_marked(sweep.path)  # what an earlier process left, if it and its guard were killed: it measured until now
+        decisions = decide_all(candidates, sweep, now)
         points = [list(candidate.overrides) for candidate in candidates]
         sweep.prepare({**request, "points": points, "environment": now})
-        print_preview(*preview, console)
+        print_preview([*decisions.values()], len(candidates), sweep, console)
         runs = open_runs(candidates, decisions, sweep)
         waiting = interleave([[run for run in repeats if not run.reused] for repeats in runs.values()])
         everything = list(itertools.chain(*runs.values()))
