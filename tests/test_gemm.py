@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,33 +38,70 @@ def test_matrices_take_a_small_part_of_free_memory(answer: Any) -> None:
     assert answer["sizes"] == [256, 512]
 
 
-def test_a_rate_is_kept_for_what_it_was_measured_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads, ranks, cores and points at once, each for itself."""
+@pytest.fixture
+def rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+    """The rate that a run uses with an empty cache; each measurement finds one more than that before."""
     from harness.run import gemm
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gemm.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(gemm.dist, "broadcast_object_list", lambda *_, **__: None)
     rates = itertools.count(1.0)
-    monkeypatch.setattr(gemm, "measure", lambda *_: next(rates))
 
-    def rate(*overrides: str, num_cores: int = 8, achieved: float = 0.0) -> float:
+    def run(*overrides: str, num_cores: int = 8, achieved: float = 0.0, had: float = 1.0, device: str = "cpu") -> float:
+        monkeypatch.setattr(gemm, "measure", lambda *_: (next(rates), had))
         machine = replace(MACHINE, num_cores=num_cores)
         config = make_config("launch.threads_per_rank=1", *overrides, machine=machine)
-        return gemm.gemm_flops_per_second(config, machine, gemm.torch.device("cpu"), achieved)
+        return gemm.gemm_flops_per_second(config, machine, gemm.torch.device(device), achieved)
 
+    return run
+
+
+def test_a_rate_is_kept_for_what_it_was_measured_under(rate: Callable[..., float]) -> None:
+    """Threads, ranks, cores and points at once, each for itself."""
     slots = "launch.slots=2"
     assert [rate(), rate("parallel.tp=2"), rate(num_cores=4), rate(slots), rate("launch.threads_per_rank=2")] == [
         1.0, 2.0, 3.0, 4.0, 5.0
     ]  # fmt: skip
     assert [rate(), rate("parallel.tp=2"), rate(num_cores=4), rate(slots)] == [1.0, 2.0, 3.0, 4.0]
-    assert rate(achieved=1.5) == 6.0  # it was measured on a busy machine
+    assert rate(achieved=1.5) == 6.0
+
+
+def test_a_rate_is_not_kept_that_others_took_the_cores_from(rate: Callable[..., float]) -> None:
+    assert [rate(had=0.85), rate(had=0.95), rate()] == [1.0, 2.0, 2.0]
+    two = "launch.threads_per_rank=2"
+    assert [rate(two, had=1.5), rate(two, had=1.9), rate(two)] == [3.0, 4.0, 4.0]
+    layout = ["parallel.tp=2", "parallel.pp=2"]  # on two cores each has half a one
+    assert [rate(*layout, num_cores=2, had=share) for share in (0.4, 0.48, 0.5)] == [5.0, 6.0, 6.0]
+    slots = ["launch.slots=2", "parallel.tp=2"]
+    assert [rate(*slots, num_cores=2, had=share) for share in (0.4, 0.48, 0.5)] == [7.0, 8.0, 8.0]
+    assert [rate(num_cores=3, device="cuda", had=0.1) for _ in range(2)] == [9.0, 9.0]  # the host only waits
 
 
 def test_a_window_lasts_and_counts_whole_products() -> None:
     from harness.run.gemm import WINDOW_SECONDS, repeat
 
     moments = iter(step * 0.4 * WINDOW_SECONDS for step in range(9))
-    assert repeat(lambda: None, lambda: next(moments)) == pytest.approx((3, 3 * 0.4 * WINDOW_SECONDS))
+    assert repeat(lambda: None, lambda: next(moments))[:2] == pytest.approx((3, 3 * 0.4 * WINDOW_SECONDS))
     moments = iter([0.0, 2.0])  # a product that outlasts the window
-    assert repeat(lambda: None, lambda: next(moments)) == (1, 2.0)
+    assert repeat(lambda: None, lambda: next(moments))[:2] == (1, 2.0)
+
+
+def test_a_window_knows_the_cores_it_had() -> None:
+    from harness.run.gemm import repeat
+
+    def compute() -> None:
+        until = time.thread_time() + 0.03
+        while time.thread_time() < until:
+            pass
+
+    def two_threads() -> None:
+        threads = [threading.Thread(target=compute) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    window = repeat(two_threads)
+    assert window.cpu_seconds >= 0.06 * window.products
+    assert repeat(lambda: time.sleep(0.02)).cpu_seconds < 0.05

@@ -1,7 +1,8 @@
 """The matrix-product rate of this machine, the denominator of `gemm_utilization`.
 
 Measured once per device, precision, threads, number of processes, cores and points at once, with as many processes
-at once as a run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder.
+at once as a run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder. One
+that was measured while other processes took the cores counts for its own run alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -31,6 +32,8 @@ WINDOW_SECONDS = 0.1
 """In which all ranks compute: many time slices, and a whole period of a container's processor quota."""
 SHARE_OF_FREE_MEMORY = 1 / 16
 """What the matrices of all ranks may take at most: a model lives beside them."""
+UNDISTURBED_SHARE = 0.9
+"""Of its fair share of the cores, that a rank has while nothing else computes: 0.98 and more, beside one more 0.75."""
 
 T = TypeVar("T")
 
@@ -43,8 +46,7 @@ def gemm_flops_per_second(
     A collective over all ranks: rank 0 knows whether the cache has it.
 
     Args:
-        achieved: what the model itself reached per rank, on rank 0; a cached rate below it was measured on
-            a busy machine and is measured again.
+        achieved: what the model itself reached per rank, on rank 0; a cached rate below it is measured again.
         group: all ranks, with a backend for tensors in host memory; None is the default group.
 
     Raises:
@@ -57,42 +59,54 @@ def gemm_flops_per_second(
             processes = [f"{config.launch.threads_per_rank}threads", f"{config.parallel.world_size}ranks"]
             shared = [f"{machine.num_cores}cores", f"{config.launch.slots}slots"]
             file = cache_file("gemm", machine, config.train.precision, *processes, *shared)
-            cached = float(json.loads(file.read_text())["flops_per_second"])
-            known = [cached if cached >= achieved else None]
+            cached = json.loads(file.read_text())
+            rate, cores = float(cached["flops_per_second"]), float(cached["cores"])
+            if rate >= achieved and (device.type == "cuda" or cores >= UNDISTURBED_SHARE * fair_cores(config, machine)):
+                known = [rate]
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0] is not None:
         return known[0]
-    rate = measure(DTYPES[config.train.precision], device, group)
+    rate, cores = measure(DTYPES[config.train.precision], device, group)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"flops_per_second": rate})
+            write_json(file, {"flops_per_second": rate, "cores": cores})
         except OSError as error:
             logging.getLogger(__name__).warning("the matrix-product rate is not kept for other runs: %s", error)
     return rate
 
 
-def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None) -> float:
+def fair_cores(config: RunConfig, machine: Machine) -> float:
+    """Cores that one rank has while nothing but the points of its sweep computes on the machine."""
+    processes = config.parallel.world_size * config.launch.slots
+    return min(config.launch.threads_per_rank, machine.num_cores / processes)
+
+
+def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
     """Best FLOP/s over growing square products, the mean over ranks that all compute at the same time.
+
+    Returns:
+        It and the cores that a rank had meanwhile (CPU seconds of all its threads per second).
 
     Raises:
         RuntimeError: one rank can't; raised on all.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what training held for its activations is free now
-    best, memory = 0.0, min(agreed(lambda: free_bytes(device), group)) * SHARE_OF_FREE_MEMORY
+    best, cores_then, memory = 0.0, 0.0, min(agreed(lambda: free_bytes(device), group)) * SHARE_OF_FREE_MEMORY
     for size in SIZES:
         if 3 * size**2 * dtype.itemsize > memory:
             break
-        products_per_second = _products_per_second(size, dtype, device, group)
-        best = max(best, 2 * size**3 * products_per_second)
+        products_per_second, cores = _products_per_second(size, dtype, device, group)
+        if 2 * size**3 * products_per_second > best:
+            best, cores_then = 2 * size**3 * products_per_second, cores
         if products_per_second * WINDOW_SECONDS < 1:
             break
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if not best:
         raise RuntimeError(f"the {memory / 2**10:,.0f} KiB it may take hold no matrices")
-    return best
+    return best, cores_then
 
 
 def free_bytes(device: torch.device) -> float:
@@ -120,14 +134,26 @@ def agreed(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     return [result for results, _ in everyone for result in results]
 
 
-def _products_per_second(size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None) -> float:
-    """Products of one rank per second in the best window."""
+class Window(NamedTuple):
+    """What one rank did in a window of time."""
+
+    products: int
+    seconds: float
+    cpu_seconds: float
+    """Of all its threads."""
+
+
+def _products_per_second(
+    size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
+) -> tuple[float, float]:
+    """Products of one rank per second in the best window, and the cores it had then."""
     products: list[Callable[[], None]] = []
     agreed(lambda: products.append(build_product(size, dtype, device)), group)
-    best = 0.0
+    best = 0.0, 0.0
     for _ in range(WINDOWS):
         windows = agreed(lambda: repeat(products[0]), group)
-        best = max(best, fmean(number for number, _ in windows) / max(seconds for _, seconds in windows))
+        rate = fmean(window.products for window in windows) / max(window.seconds for window in windows)
+        best = max(best, (rate, fmean(window.cpu_seconds / window.seconds for window in windows)))
     return best
 
 
@@ -143,17 +169,17 @@ def build_product(size: int, dtype: torch.dtype, device: torch.device) -> Callab
     return product
 
 
-def repeat(product: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> tuple[int, float]:
-    """How often a product was made in a window of time, and the seconds of that: to the end of the last one.
+def repeat(product: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> Window:
+    """Make a product again and again in a window of time, whose seconds go to the end of the last one.
 
     All ranks end by time and not by number, so that they compute beside each other to the end.
     """
-    start, count = clock(), 0
+    start, cpu_start, count = clock(), time.process_time(), 0
     while True:
         product()
         count += 1
         if (elapsed := clock() - start) >= WINDOW_SECONDS:
-            return count, elapsed
+            return Window(count, elapsed, time.process_time() - cpu_start)
 
 
 def synchronize(device: torch.device) -> None:
