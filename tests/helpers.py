@@ -96,10 +96,10 @@ def is_gone(pid: int) -> bool:
 def closes(accounting: Mapping[str, Any]) -> bool:
     """Whether no span is missing and the parts of a step sum to it, within 1 %.
 
-    Or within 20 ms: for so long a busy machine lets a process sleep just between the last instruction and the clock.
+    Or lack 20 ms of it: so long a busy machine lets a process sleep just between the last instruction and the clock.
     """
-    within = max(0.01 * accounting["step_seconds"], 0.02)
-    return accounting["num_missing"] == 0 and abs(accounting["residual_seconds"]) <= within
+    within, residual = 0.01 * accounting["step_seconds"], accounting["residual_seconds"]
+    return accounting["num_missing"] == 0 and -within <= residual <= max(within, 0.02)
 
 
 @dataclass

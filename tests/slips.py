@@ -354,7 +354,12 @@ SLIPS = [
         "tests/test_gemm.py -k others",
         False,
         {
-            "kept_though_disturbed": ("UNDISTURBED_SHARE = 0.9", "UNDISTURBED_SHARE = 0.0"),
+            "fair_to_a_single_rank": (
+                "threads_per_rank * config.parallel.world_size, machine",
+                "threads_per_rank, machine",
+            ),
+            "cores_of_the_best_size_alone": ("cores in found[best:]", "cores in found[best : best + 1]"),
+            "kept_though_disturbed": ("return cores >= fair - max(", "return cores >= 0 * max("),
         },
     ),
     *slips(

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed import free_port
 
 from harness.config import REPOSITORY
 from harness.launch import process
@@ -213,7 +212,8 @@ def test_ports_are_shared_with_nobody() -> None:
 
 
 def test_the_last_free_port_goes_to_one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = [free_port(), free_port()]
+    with reserve_port() as one, reserve_port() as another:
+        ports = [one, another]
     monkeypatch.setattr(process, "PORTS", ports)
     with reserve_port() as first, reserve_port() as second:
         assert {first, second} == {*ports}

@@ -26,8 +26,9 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_ranks_that_share_a_core_share_its_rate(answer: Any) -> None:
     # 2 n^3 over the seconds of a product: what the only core gives. Two ranks that took turns would each show all
     # of it, twice as much; its window may begin on one while the other still wakes up.
-    core = 2 * 256**3 / SECONDS
+    core = 2 * 256**3 / answer["product_seconds"]
     assert 0.2 * core < sum(answer["rates"]) < 1.8 * core
+    assert 0 <= answer["cores"] < 1  # those who wait compute nothing
 
 
 def test_a_rank_that_fails_holds_up_no_other(answer: Any) -> None:
@@ -48,7 +49,9 @@ def rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float
     monkeypatch.setattr(gemm.dist, "broadcast_object_list", lambda *_, **__: None)
     rates = itertools.count(1.0)
 
-    def run(*overrides: str, num_cores: int = 8, achieved: float = 0.0, had: float = 1.0, device: str = "cpu") -> float:
+    def run(
+        *overrides: str, num_cores: int = 8, achieved: float = 0.0, had: float = 64.0, device: str = "cpu"
+    ) -> float:
         monkeypatch.setattr(gemm, "measure", lambda *_: (next(rates), had))
         machine = replace(MACHINE, num_cores=num_cores)
         config = make_config("launch.threads_per_rank=1", *overrides, machine=machine)
@@ -68,14 +71,30 @@ def test_a_rate_is_kept_for_what_it_was_measured_under(rate: Callable[..., float
 
 
 def test_a_rate_is_not_kept_that_others_took_the_cores_from(rate: Callable[..., float]) -> None:
-    assert [rate(had=0.85), rate(had=0.95), rate()] == [1.0, 2.0, 2.0]
+    """Those of all ranks together: one more program takes half a core or more."""
+    assert [rate(had=0.5), rate(had=0.95), rate()] == [1.0, 2.0, 2.0]
     two = "launch.threads_per_rank=2"
-    assert [rate(two, had=1.5), rate(two, had=1.9), rate(two)] == [3.0, 4.0, 4.0]
-    layout = ["parallel.tp=2", "parallel.pp=2"]  # on two cores each has half a one
-    assert [rate(*layout, num_cores=2, had=share) for share in (0.4, 0.48, 0.5)] == [5.0, 6.0, 6.0]
-    slots = ["launch.slots=2", "parallel.tp=2"]
-    assert [rate(*slots, num_cores=2, had=share) for share in (0.4, 0.48, 0.5)] == [7.0, 8.0, 8.0]
-    assert [rate(num_cores=3, device="cuda", had=0.1) for _ in range(2)] == [9.0, 9.0]  # the host only waits
+    assert [rate(two, had=1.5), rate(two, had=1.95), rate(two)] == [3.0, 4.0, 4.0]
+    layout = ["parallel.tp=2", "parallel.pp=2"]
+    assert [rate(*layout, num_cores=2, had=cores) for cores in (1.6, 1.95, 2.0)] == [5.0, 6.0, 6.0]  # four share two
+    assert [rate(*layout, two, had=cores) for cores in (7.5, 7.85, 8.0)] == [7.0, 8.0, 8.0]
+    slots = ["launch.slots=2", "parallel.tp=2"]  # each point sees its own two cores
+    assert [rate(*slots, num_cores=2, had=cores) for cores in (1.5, 1.95, 2.0)] == [9.0, 10.0, 10.0]
+    assert [rate(num_cores=3, device="cuda", had=0.1) for _ in range(2)] == [11.0, 11.0]  # the host only waits
+
+
+def test_cores_that_others_took_beyond_the_best_size_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger matrices might have been faster; small ones keep few threads busy."""
+    from harness.run import gemm
+
+    cores = {256: 1.0, 512: 2.0, 1024: 1.5, 2048: 1.9}
+    flops = {256: 1e9, 512: 3e9, 1024: 2e9, 2048: 2e9}
+    monkeypatch.setattr(gemm, "SIZES", tuple(cores))
+    monkeypatch.setattr(gemm, "WINDOW_SECONDS", 1000.0)
+    monkeypatch.setattr(gemm, "agreed", lambda act, group: [act()])
+    monkeypatch.setattr(gemm, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(gemm, "_products_per_second", lambda size, *_: (flops[size] / (2 * size**3), cores[size]))
+    assert gemm.measure(gemm.torch.float32, gemm.torch.device("cpu")) == (pytest.approx(3e9), 1.5)
 
 
 def test_a_window_lasts_and_counts_whole_products() -> None:

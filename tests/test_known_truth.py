@@ -24,7 +24,6 @@ from benchmarks.known_truth import (
     measure,
     set_seconds,
 )
-from helpers import closes
 
 from harness.plan.schedule import build_schedule
 from harness.plan.simulate import simulate
@@ -46,7 +45,7 @@ def test_the_measured_bubble_is_the_set_one_and_what_the_machine_adds(p: int, tm
         assert least - SLACK <= simulated <= real + SLACK, case
         # What disturbs most of the steps is no longer of the machine alone, but the waits' own clock sees it as well.
         assert least - SLACK <= found.median_fraction <= found.waits_fraction + SLACK, case
-        assert all(map(closes, found.accounting)), case
+        assert all(accounting["closes"] for accounting in found.accounting), case
         if case.slow_stage or case.slow_link:
             without = measured[case.undisturbed]
             excess = max(found.excess_seconds, without.excess_seconds)

@@ -32,8 +32,6 @@ WINDOW_SECONDS = 0.1
 """In which all ranks compute: many time slices, and a whole period of a container's processor quota."""
 SHARE_OF_FREE_MEMORY = 1 / 16
 """What the matrices of all ranks may take at most: a model lives beside them."""
-UNDISTURBED_SHARE = 0.9
-"""Of its fair share of the cores, that a rank has while nothing else computes: 0.98 and more, beside one more 0.75."""
 
 T = TypeVar("T")
 
@@ -61,7 +59,7 @@ def gemm_flops_per_second(
             file = cache_file("gemm", machine, config.train.precision, *processes, *shared)
             cached = json.loads(file.read_text())
             rate, cores = float(cached["flops_per_second"]), float(cached["cores"])
-            if rate >= achieved and (device.type == "cuda" or cores >= UNDISTURBED_SHARE * fair_cores(config, machine)):
+            if rate >= achieved and (device.type == "cuda" or is_undisturbed(cores, config, machine)):
                 known = [rate]
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0] is not None:
@@ -76,37 +74,45 @@ def gemm_flops_per_second(
     return rate
 
 
-def fair_cores(config: RunConfig, machine: Machine) -> float:
-    """Cores that one rank has while nothing but the points of its sweep computes on the machine."""
-    processes = config.parallel.world_size * config.launch.slots
-    return min(config.launch.threads_per_rank, machine.num_cores / processes)
+def is_undisturbed(cores: float, config: RunConfig, machine: Machine) -> bool:
+    """Whether the ranks had all the cores they can use.
+
+    A program beside them takes at least half a core from one thread; else 1 or 2 % are lost at most.
+
+    Args:
+        cores: that all ranks had together.
+        machine: as the ranks see it: of several points at once, each has cores of its own.
+    """
+    fair = min(config.launch.threads_per_rank * config.parallel.world_size, machine.num_cores)
+    return cores >= fair - max(0.1, 0.025 * fair)
 
 
 def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
     """Best FLOP/s over growing square products, the mean over ranks that all compute at the same time.
 
     Returns:
-        It and the cores that a rank had meanwhile (CPU seconds of all its threads per second).
+        It, and the fewest cores that all ranks had together (CPU seconds per second) at the best size and beyond.
 
     Raises:
         RuntimeError: one rank can't; raised on all.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what training held for its activations is free now
-    best, cores_then, memory = 0.0, 0.0, min(agreed(lambda: free_bytes(device), group)) * SHARE_OF_FREE_MEMORY
+    found: list[tuple[float, float]] = []
+    memory = min(agreed(lambda: free_bytes(device), group)) * SHARE_OF_FREE_MEMORY
     for size in SIZES:
         if 3 * size**2 * dtype.itemsize > memory:
             break
         products_per_second, cores = _products_per_second(size, dtype, device, group)
-        if 2 * size**3 * products_per_second > best:
-            best, cores_then = 2 * size**3 * products_per_second, cores
+        found.append((2 * size**3 * products_per_second, cores))
         if products_per_second * WINDOW_SECONDS < 1:
             break
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if not best:
+    if not found:
         raise RuntimeError(f"the {memory / 2**10:,.0f} KiB it may take hold no matrices")
-    return best, cores_then
+    best = found.index(max(found))
+    return found[best][0], min(cores for _, cores in found[best:])
 
 
 def free_bytes(device: torch.device) -> float:
@@ -146,14 +152,14 @@ class Window(NamedTuple):
 def _products_per_second(
     size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
 ) -> tuple[float, float]:
-    """Products of one rank per second in the best window, and the cores it had then."""
+    """Products of one rank per second in the best window, and the cores that all had then."""
     products: list[Callable[[], None]] = []
     agreed(lambda: products.append(build_product(size, dtype, device)), group)
     best = 0.0, 0.0
     for _ in range(WINDOWS):
         windows = agreed(lambda: repeat(products[0]), group)
         rate = fmean(window.products for window in windows) / max(window.seconds for window in windows)
-        best = max(best, (rate, fmean(window.cpu_seconds / window.seconds for window in windows)))
+        best = max(best, (rate, sum(window.cpu_seconds / window.seconds for window in windows)))
     return best
 
 
