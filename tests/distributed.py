@@ -41,7 +41,7 @@ def run_ranks(
     module: str,
     argument: Any,
     tmp_path: Path,
-    timeout: float = 1800,
+    timeout: float = 600,
     variables: dict[str, str] | None = None,
 ) -> Any:
     """Run `python -m MODULE` as `world_size` ranks and return what rank 0 wrote.

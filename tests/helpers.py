@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -83,23 +82,6 @@ def record_attempt(
     attempt.metrics_file.write_text("".join(lines))
     attempt.write_status(status, reason)
     return attempt
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended; whoever is its parent need not have asked how."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def closes(accounting: Mapping[str, Any]) -> bool:
-    """Whether no span is missing and the parts of a step sum to it, within 1 %.
-
-    Or lack 20 ms of it: so long a busy machine lets a process sleep just between the last instruction and the clock.
-    """
-    within, residual = 0.01 * accounting["step_seconds"], accounting["residual_seconds"]
-    return accounting["num_missing"] == 0 and -within <= residual <= max(within, 0.02)
 
 
 @dataclass

@@ -207,7 +207,7 @@ def test_processes_at_once_agree(story: Path, cache: Path) -> None:
     processes = [context.Process(target=_prepare, args=(story, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    corpora = [results.get(timeout=300) for _ in processes]
+    corpora = [results.get(timeout=30) for _ in processes]
     for process in processes:
         process.join()
     assert corpora == [corpora[0]] * 4

@@ -14,7 +14,7 @@ import pytest
 from distributed import run_ranks
 from helpers import MACHINE, make_config
 
-SECONDS, LONG_SECONDS, WINDOW_SECONDS = 0.005, 0.3, 0.2
+SECONDS, LONG_SECONDS, WINDOW_SECONDS = 0.005, 0.7, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_ranks_that_share_a_core_share_its_rate(answer: Any) -> None:
     # 2 n^3 over the seconds of a product: what the only core gives. Two ranks that took turns would each show all
     # of it, twice as much; its window may begin on one while the other still wakes up.
     core = 2 * 256**3 / answer["product_seconds"]
-    assert 0.2 * core < sum(answer["rates"]) < 1.8 * core
+    assert 0.2 * core < sum(answer["rates"]) < 1.4 * core
     assert 0 <= answer["cores"] < 1  # those who wait compute nothing
 
 

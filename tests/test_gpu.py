@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from distributed import free_port, run_ranks, standin_environment
-from helpers import closes
 from ranks_parity import TINY
 
 from harness.config import REPOSITORY
@@ -75,7 +74,7 @@ def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> Non
         buckets = 2 * 2 * 500_000_000 if FP16[0] in overrides else 0  # that DeepSpeed reduces ZeRO's gradients in
         assert 0 < row["peak_memory_bytes"] - buckets < 2**26  # of tensors on the device, not of the process
         assert row["gemm_utilization"] > 0
-        assert all(map(closes, result["accounting"])), overrides
+        assert all(accounting["closes"] for accounting in result["accounting"]), overrides
 
 
 def check_trace(attempt: Path) -> None:
@@ -175,7 +174,7 @@ def test_training_on_a_gpu(precision: str, gpu: torch.device, tmp_path: Path) ->
     result = train_on_gpu(tmp_path, *REAL, f"train.precision={precision}", "parallel.zero_stage=1")
     row, counted = result["row"], result["memory"][0]
     assert row["last_loss"] < row["first_loss"]
-    assert all(map(closes, result["accounting"]))
+    assert all(accounting["closes"] for accounting in result["accounting"])
     assert row["bubble_fraction_measured"] < 0.1  # one stage
     assert 0 <= row["launch_gap_fraction_max"] <= 1
     assert 0 < row["gemm_utilization"] < 1

@@ -138,7 +138,7 @@ PARTS["all"] = PARTS["pairs"] + PARTS["others"]
 def test_parity(world_size: int, part: str, tmp_path: Path) -> None:
     every = [row for rows in PARTS[part] for row in rows()]
     rows = [row for row in every if row[0][0] * row[0][1] * row[0][2] == world_size]
-    answers = run_ranks(world_size, "ranks_parity", [overrides for _, overrides in rows], tmp_path)
+    answers = run_ranks(world_size, "ranks_parity", [overrides for _, overrides in rows], tmp_path, timeout=1800)
     failures = [
         f"{' '.join(overrides)}\n    {comparison}"
         for (_, overrides), comparisons in zip(rows, answers, strict=True)

@@ -45,7 +45,7 @@ def quickstart(checkout: Path, num_gpus: int, **variables: str) -> list[list[str
     if num_gpus:
         environment["PATH"] = f"{SMI}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", str(checkout / "launchers" / "quickstart.sh"), "sweep.dry_run=true"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
     calls = checkout / ".venv" / "bin" / "calls.jsonl"
     found = [json.loads(line) for line in calls.read_text().splitlines()]
     calls.unlink()

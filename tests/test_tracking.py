@@ -13,8 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import MACHINE, OfflineRun, is_gone, read_offline_run, record_attempt
+from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt
 
+from harness.machine import process_started
 from harness.record import report, tracking
 from harness.record.metrics import COLUMNS, row
 from harness.record.store import Attempt, SweepDirectory, environment, read_jsonl
@@ -183,7 +184,7 @@ class TestLive:
         (warning,) = finish_mirrors([mirror], 0.0)
         assert "not done in 0 s" in warning
         assert "report.py --wandb" in warning
-        wait_until(lambda: all(map(is_gone, family)))
+        wait_until(lambda: not any(map(process_started, family)))
         assert running.wandb_run_id() is None
 
     def test_follows_a_run_to_its_end_and_replaces_what_was_given_up(self, running: Attempt) -> None:
