@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from harness.config import Data
 from harness.errors import ConfigError
 from harness.machine import cache_folder
+from harness.spec.config import Data
 from harness.strict_json import dumps
 
 PIECE_CHARACTERS = 1 << 20

@@ -14,12 +14,13 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from harness.config import REPOSITORY, RunConfig, load_config
-from harness.config import identity as hash_of
 from harness.machine import Machine
 from harness.record.metrics import StepRecord, metrics_line, summarize
 from harness.record.store import Attempt, Status, SweepDirectory, environment, write_atomically, write_json
-from harness.timeline import Bubble
+from harness.spans.span import Bubble
+from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.identity import identity as hash_of
+from harness.spec.resolve import load_config
 
 MACHINE = Machine("cpu", "test cpu", num_devices=2, num_cores=2, memory_bytes=8 * 2**30)
 

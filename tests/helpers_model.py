@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from helpers import make_config
 from torch import Tensor, nn
 
-from harness.config import Model
 from harness.model import collectives
 from harness.model.block import TransformerBlock
 from harness.model.dropout import RandomStreams
@@ -31,7 +30,8 @@ from harness.model.layers import (
 from harness.model.loss import PipelineLoss, vocab_parallel_cross_entropy
 from harness.model.weights import ParameterSpec, load_full, parameter_table, shard
 from harness.plan.memory import block_activation_bytes_per_token
-from harness.topology import Topology
+from harness.spec.config import Model
+from harness.spec.topology import Topology
 
 
 def tiny_model(family: str = "gpt2", **changes: object) -> Model:

@@ -8,8 +8,8 @@ import time
 import torch.distributed as dist
 from distributed import read_argument, write_answer
 
-from harness.clock import to_reference
-from harness.run.clock import measure_clock_offset
+from harness.run.instruments.clock import measure_clock_offset
+from harness.spans.clock import to_reference
 
 
 def main() -> None:

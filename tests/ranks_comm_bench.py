@@ -10,7 +10,7 @@ from distributed import read_argument, write_answer
 from helpers import make_config
 
 from harness.record.store import Attempt
-from harness.run.comm_bench import comm_bench
+from harness.run.tasks.comm_bench import comm_bench
 from harness.run.worker import initialize_distributed
 
 

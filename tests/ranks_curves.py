@@ -8,9 +8,9 @@ import torch
 from distributed import read_argument, write_answer
 from helpers import make_config
 
-from harness.run.build import build_training
 from harness.run.data import CorpusSamples, micro_batches
-from harness.run.train import share_corpus
+from harness.run.engines.deepspeed.build import build_training
+from harness.run.tasks.train import share_corpus
 from harness.run.worker import initialize_distributed
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import harness.model.layers as layers
 import harness.model.weights as weights
-import harness.run.build as build
+import harness.run.engines.deepspeed.build as build
 import harness.run.optimizer as optimizer_module
 import harness.run.parity as parity
-from harness.config import Train
 from harness.run.worker import initialize_distributed
+from harness.spec.config import Train
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 DEFECTS: dict[str, Patch] = {}

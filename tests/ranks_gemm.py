@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from distributed import read_argument, write_answer
 
-from harness.run import gemm
+from harness.run.instruments import gemm
 
 CPU = torch.device("cpu")
 draw = torch.randn

@@ -17,9 +17,9 @@ from helpers import make_config
 
 from harness.machine import detect_machine
 from harness.record.store import Attempt, read_jsonl
-from harness.run.comm_bench import comm_bench
-from harness.run.train import train
-from harness.run.verify import verify
+from harness.run.tasks.comm_bench import comm_bench
+from harness.run.tasks.train import train
+from harness.run.tasks.verify import verify
 from harness.run.worker import initialize_distributed
 
 TASKS = {"train": train, "verify": verify, "comm_bench": comm_bench}

@@ -31,7 +31,7 @@ time.monotonic_ns = wrong_clock  # before anybody takes hold of it
 import torch  # noqa: E402
 from helpers import make_config  # noqa: E402
 
-import harness.run.train  # noqa: E402
+import harness.run.tasks.train  # noqa: E402
 from harness.record.store import Attempt  # noqa: E402
 from harness.run.worker import initialize_distributed  # noqa: E402
 
@@ -44,22 +44,22 @@ def main() -> None:
     os.environ["XDG_CACHE_HOME"] = "/proc/nowhere"
     len(b"-" * 2**30)  # as building a model may take, before it trains
     initialize_distributed()
-    loop = harness.run.train.Loop
+    loop = harness.run.tasks.train.Loop
     originals = loop._record, loop.close
-    read_peak = harness.run.train.peak_memory_bytes
+    read_peak = harness.run.tasks.train.peak_memory_bytes
     for name, overrides in argument["runs"].items():
         loop._record, loop.close = originals
-        harness.run.train.peak_memory_bytes = read_peak
+        harness.run.tasks.train.peak_memory_bytes = read_peak
         if name == "slow":
             falling = count(2**30, -100 if RANK == 0 else -200)
-            harness.run.train.peak_memory_bytes = lambda _, falling=falling: next(falling)
+            harness.run.tasks.train.peak_memory_bytes = lambda _, falling=falling: next(falling)
             loop._record = after(loop._record, lambda: time.sleep(argument["slow_seconds"]))
         if name == "drifting":
             drift = argument["drift"]
         mended = break_all() if name == "broken" else {}
         attempt = Attempt(Path(sys.argv[1]) / name)
         attempt.path.mkdir(exist_ok=True)
-        harness.run.train.train(attempt, make_config(*overrides), RANK)
+        harness.run.tasks.train.train(attempt, make_config(*overrides), RANK)
         for part, original in mended.items():
             setattr(harness.run.result, part, original)
         if RANK == 0:
@@ -85,7 +85,7 @@ def after(act: Any, then: Any) -> Any:
 
 def break_all() -> dict[str, Any]:
     """Let everything fail that comes after the measurement; what to restore."""
-    import harness.run.gemm
+    import harness.run.instruments.gemm
     import harness.run.result
 
     def no_memory(*_: Any, **__: Any) -> None:
@@ -97,15 +97,15 @@ def break_all() -> dict[str, Any]:
     broken = {part: getattr(harness.run.result, part) for part in PARTS.split()}
     for part in broken:
         setattr(harness.run.result, part, no_memory)
-    loop = harness.run.train.Loop
+    loop = harness.run.tasks.train.Loop
     loop.close = after(loop.close, disk_full)
-    free_bytes = harness.run.gemm.free_bytes
+    free_bytes = harness.run.instruments.gemm.free_bytes
 
     def only_once(device: Any) -> Any:  # on one rank alone
-        harness.run.gemm.free_bytes = free_bytes
+        harness.run.instruments.gemm.free_bytes = free_bytes
         return no_memory() if RANK == LAST else free_bytes(device)
 
-    harness.run.gemm.free_bytes = only_once
+    harness.run.instruments.gemm.free_bytes = only_once
     return broken
 
 

@@ -18,10 +18,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from distributed import read_argument, write_answer
 from helpers import make_config
 
-import harness.run.train
+import harness.run.tasks.train
 from harness.record.store import Attempt, read_jsonl
-from harness.run.build import build_training
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
+from harness.run.engines.deepspeed.build import build_training
 from harness.run.worker import initialize_distributed
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     for folder, overrides in argument["runs"]:
         attempt = Attempt(Path(sys.argv[1]) / folder)
         attempt.path.mkdir(parents=True, exist_ok=True)
-        harness.run.train.train(attempt, make_config(*overrides), rank)
+        harness.run.tasks.train.train(attempt, make_config(*overrides), rank)
         curves.append(read_jsonl(attempt.metrics_file))
     for folder, overrides in argument.get("copies", ()):
         config = make_config(*overrides)
@@ -78,7 +78,7 @@ def hang_in_checkpoint(at_step: int) -> None:
             torch.save = save_some
         save_checkpoint(*arguments)
 
-    harness.run.train.save_checkpoint = save
+    harness.run.tasks.train.save_checkpoint = save
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/clipping.py",
+        "harness/run/engines/deepspeed/clipping.py",
         "tests/test_parity.py::test_parity[2]",
         True,
         {
@@ -108,7 +108,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/build.py",
+        "harness/run/engines/deepspeed/build.py",
         "tests/test_parity.py::test_parity[1]",
         True,
         {
@@ -181,7 +181,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/counts.py",
+        "harness/spec/counts.py",
         "tests/test_counts.py",
         False,
         {
@@ -213,7 +213,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/plan/partition.py",
+        "harness/spec/partition.py",
         "tests/test_partition.py",
         False,
         {
@@ -222,8 +222,8 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/timeline.py",
-        "tests/test_timeline.py",
+        "harness/spans/span.py",
+        "tests/test_spans.py",
         False,
         {
             "bubble_until_the_first_end": (
@@ -248,7 +248,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/clock.py",
+        "harness/spans/clock.py",
         "tests/test_clock.py -k uncertainty",
         False,
         {
@@ -256,7 +256,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/clock.py",
+        "harness/spans/clock.py",
         "tests/test_clock.py -k drift_is_linear",
         False,
         {
@@ -264,7 +264,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/plan/schedule.py",
+        "harness/spec/schedules.py",
         "tests/test_schedule.py",
         False,
         {
@@ -350,7 +350,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/gemm.py",
+        "harness/run/instruments/gemm.py",
         "tests/test_gemm.py -k others",
         False,
         {
@@ -363,7 +363,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/train.py",
+        "harness/run/tasks/train.py",
         "tests/test_metrics.py -k slowest_rank",
         True,
         {
@@ -405,7 +405,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/config.py",
+        "harness/spec/identity.py",
         "tests/test_config.py -k identity",
         False,
         {
@@ -486,7 +486,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/plan/explain.py",
+        "harness/analyse/explain.py",
         "tests/test_accounting.py -k jitter",
         False,
         {
@@ -497,7 +497,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/breakdown.py",
+        "harness/analyse/breakdown.py",
         "tests/test_breakdown.py -k spread or residual",
         False,
         {
@@ -506,7 +506,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/train.py",
+        "harness/run/tasks/train.py",
         "tests/test_metrics.py -k replicas",
         False,
         {
@@ -518,7 +518,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/train.py",
+        "harness/run/tasks/train.py",
         "tests/test_metrics.py -k of_torch",
         True,
         {
@@ -541,7 +541,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/deepspeed_config.py",
+        "harness/run/engines/deepspeed/settings.py",
         "tests/test_metrics.py -k add_up_in",
         False,
         {"micro_batches_add_up_in_bf16": ("config.gradient_dtype", "config.train.precision")},

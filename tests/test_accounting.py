@@ -6,20 +6,11 @@ from itertools import product
 
 import pytest
 
-from harness.plan.explain import durations, explain
-from harness.plan.schedule import Schedule, build_schedule
+from harness.analyse.explain import durations, explain
 from harness.plan.simulate import Seconds, simulate
-from harness.timeline import (
-    KINDS,
-    PARTS,
-    Accounting,
-    Span,
-    account,
-    activity,
-    ideal_bubble_fraction,
-    measured_bubble,
-    transfers,
-)
+from harness.spans.accounting import PARTS, Accounting, account
+from harness.spans.span import KINDS, Span, activity, ideal_bubble_fraction, measured_bubble, transfers
+from harness.spec.schedules import Schedule, build_schedule
 
 SECOND = 10**9
 UNEQUAL: dict[str, Seconds] = {

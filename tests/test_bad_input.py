@@ -16,12 +16,12 @@ from helpers import MACHINE, record_attempt
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 
-from harness.config import REPOSITORY
 from harness.launch import process, sweep, train
 from harness.launch.preview import decide
 from harness.launch.process import Outcome
 from harness.record import report
 from harness.record.store import Attempt, Point, SweepDirectory, environment, write_json
+from harness.spec.config import REPOSITORY
 
 Start = Callable[..., int]
 

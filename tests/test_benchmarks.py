@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import REPOSITORY
 from harness.machine import detect_machine
 from harness.record.store import environment
+from harness.spec.config import REPOSITORY
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from distributed import run_ranks
 from helpers import make_config, record_attempt
 
-from harness.breakdown import (
+from harness.analyse.breakdown import (
     _mean_accounting,
     _spread,
     breakdown,
@@ -18,15 +18,17 @@ from harness.breakdown import (
     start_pictures,
     write_pictures,
 )
-from harness.clock import ClockOffset
-from harness.config import RunConfig
 from harness.errors import ConfigError
-from harness.plan.schedule import build_schedule
 from harness.plan.simulate import simulate
 from harness.record.store import Attempt, SweepDirectory, read_json
-from harness.run.span_writer import SpanWriter
-from harness.timeline import PARTS, STEP, Accounting, Span, trace_problems
-from harness.topology import Topology
+from harness.spans.accounting import PARTS, Accounting
+from harness.spans.clock import ClockOffset
+from harness.spans.files import SpanWriter
+from harness.spans.perfetto import trace_problems
+from harness.spans.span import STEP, Span
+from harness.spec.config import RunConfig
+from harness.spec.schedules import build_schedule
+from harness.spec.topology import Topology
 
 SECONDS = {"forward": [0.01, 0.02], "backward": [0.02, 0.04], "send_activation": 0.002, "optimizer": 0.005}
 OVERRIDES = ("parallel.pp=2", "parallel.tp=2", "train.steps=5", "tracking.trace_steps=[4,5]")

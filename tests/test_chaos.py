@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.config import REPOSITORY
 from harness.launch import process
 from harness.launch.process import MARK, reserve_port
 from harness.record.store import Point, SweepDirectory, read_json
+from harness.spec.config import REPOSITORY
 
 SABOTAGE = Path(__file__).parent / "sabotage"
 TINY = "train.steps=4 train.warmup_steps=1 train.global_batch_size=2 train.sequence_length=16 train.precision=fp32"

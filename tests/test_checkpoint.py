@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 from harness.checkpoints import FileRecord, Meta, SavedConfig, checksum, directory_of, find_checkpoint
-from harness.config import RunConfig, identity, load_config
 from harness.corpus import Corpus
 from harness.errors import ConfigError
 from harness.launch.train import data_identity, main
@@ -32,6 +31,9 @@ from harness.model.weights import parameter_table, shard
 from harness.record.store import read_json, read_jsonl, write_json
 from harness.run.checkpoint import boxes_of, check_tensors, rectangles, tensor_shapes
 from harness.run.data import IGNORE_INDEX, HeldOutSamples
+from harness.spec.config import RunConfig
+from harness.spec.identity import identity
+from harness.spec.resolve import load_config
 
 TINY = [
     "model.num_hidden_layers=2",

@@ -19,12 +19,12 @@ import psutil
 import pytest
 from distributed import free_port
 
-from harness.config import REPOSITORY
 from harness.errors import ConfigError
 from harness.launch import train
 from harness.machine import process_started
 from harness.record.heartbeat import describe, read_heartbeats
 from harness.record.store import Attempt
+from harness.spec.config import REPOSITORY
 
 LAUNCHERS = REPOSITORY / "launchers"
 SABOTAGE = Path(__file__).parent / "sabotage"
@@ -145,7 +145,7 @@ import importlib.abc, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "harness.run.build":
+        if name == "harness.run.engines.deepspeed.build":
             sys.meta_path.remove(self)
             import harness.model.layers
             harness.model.layers.copy_to_tensor_parallel = lambda tensor, group: tensor

@@ -9,8 +9,9 @@ from distributed import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.clock import ClockOffset, RoundTrip, offset_of, to_reference
-from harness.timeline import Span, SpanFile, aligned
+from harness.spans.clock import ClockOffset, RoundTrip, offset_of, to_reference
+from harness.spans.files import SpanFile, aligned
+from harness.spans.span import Span
 
 NANOSECONDS = st.integers(0, 10**9)
 

@@ -10,16 +10,10 @@ import pytest
 from distributed import run_ranks
 from helpers import MACHINE, compose_raw
 
-from harness.communication import (
-    AlphaBeta,
-    Measurement,
-    bus_factor,
-    fit_alpha_beta,
-    measured_sizes,
-)
-from harness.config import load_config
 from harness.errors import ConfigError
 from harness.launch import comm_bench
+from harness.plan.communication import AlphaBeta, Measurement, bus_factor, fit_alpha_beta, measured_sizes
+from harness.spec.resolve import load_config
 
 SIZES = measured_sizes(1024, 64 * 2**20)
 

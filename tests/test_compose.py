@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from harness.config import load_config
 from harness.errors import ConfigError
 from harness.launch.compose import CONF, Composer, compose
 from harness.machine import Machine
+from harness.spec.resolve import load_config
 
 AXES: list[list[list[str]]] = [
     [[], ["model=llama_tiny", "data=synthetic"], ["experiment=long_context", "sweep=quickstart"]],

@@ -13,20 +13,18 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from harness.config import (
+from harness.errors import ConfigError
+from harness.machine import Machine
+from harness.spec.checks import check_sweep_name
+from harness.spec.config import REPOSITORY, RunConfig, Section
+from harness.spec.deepspeed_keys import (
     DEEPSPEED_DERIVED,
     DEEPSPEED_KEYS,
     DEEPSPEED_PIPELINE_KEYS,
-    REPOSITORY,
-    RunConfig,
-    Section,
     check_deepspeed_settings,
-    check_sweep_name,
-    identity,
-    load_config,
 )
-from harness.errors import ConfigError
-from harness.machine import Machine
+from harness.spec.identity import identity
+from harness.spec.resolve import load_config
 from tests.helpers import MACHINE, compose_raw
 
 EIGHT_GPUS = Machine("cuda", "NVIDIA H100 80GB HBM3", num_devices=8, num_cores=64, memory_bytes=2**40)

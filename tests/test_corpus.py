@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from harness import corpus as module
-from harness.config import Data
 from harness.corpus import Corpus, load_tokens, prepare_corpus, sample, sample_start
 from harness.errors import ConfigError
+from harness.spec.config import Data
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.config import Model
-from harness.counts import (
+from harness.spec.config import Model
+from harness.spec.counts import (
     BYTES_PER_VALUE,
     block_forward_flops,
     block_parameters,
@@ -20,7 +20,7 @@ from harness.counts import (
     stage_counts,
     training_flops_per_token,
 )
-from harness.huggingface import GPT2_SHAPE, LLAMA_SHAPE
+from harness.spec.transformers_config import GPT2_SHAPE, LLAMA_SHAPE
 from tests.helpers import make_config
 
 SHAPE: dict[str, Any] = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from deepspeed.runtime.pipe import schedule
 
-import harness.run.tracer as tracer
-from harness.run.tracer import CudaClock, HostClock, Tracer
+import harness.run.instruments.tracer as tracer
+from harness.run.instruments.tracer import CudaClock, HostClock, Tracer
 
 # What one forward and one backward do, in milliseconds: (launch by the host, end on the device) of each event.
 Moments = list[tuple[float, float]]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from distributed import run_ranks
 
-import harness.timeline as timeline
+import harness.spans.span as timeline
 from harness.run.parity import compare
-from harness.timeline import StageActivity
+from harness.spans.span import StageActivity
 
 TP2 = ["parallel.tp=2", "train.global_batch_size=4"]
 SLICED = [*TP2, "parallel.sequence_parallel=true"]

@@ -42,7 +42,7 @@ def test_matrices_take_a_small_part_of_free_memory(answer: Any) -> None:
 @pytest.fixture
 def rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     """The rate that a run uses with an empty cache; each measurement finds one more than that before."""
-    from harness.run import gemm
+    from harness.run.instruments import gemm
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gemm.dist, "get_rank", lambda: 0)
@@ -85,7 +85,7 @@ def test_a_rate_is_not_kept_that_others_took_the_cores_from(rate: Callable[..., 
 
 def test_cores_that_others_took_beyond_the_best_size_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger matrices might have been faster; small ones keep few threads busy."""
-    from harness.run import gemm
+    from harness.run.instruments import gemm
 
     cores = {256: 1.0, 512: 2.0, 1024: 1.5, 2048: 1.9}
     flops = {256: 1e9, 512: 3e9, 1024: 2e9, 2048: 2e9}
@@ -98,7 +98,7 @@ def test_cores_that_others_took_beyond_the_best_size_count(monkeypatch: pytest.M
 
 
 def test_a_window_lasts_and_counts_whole_products() -> None:
-    from harness.run.gemm import WINDOW_SECONDS, repeat
+    from harness.run.instruments.gemm import WINDOW_SECONDS, repeat
 
     moments = iter(step * 0.4 * WINDOW_SECONDS for step in range(9))
     assert repeat(lambda: None, lambda: next(moments))[:2] == pytest.approx((3, 3 * 0.4 * WINDOW_SECONDS))
@@ -107,7 +107,7 @@ def test_a_window_lasts_and_counts_whole_products() -> None:
 
 
 def test_a_window_knows_the_cores_it_had() -> None:
-    from harness.run.gemm import repeat
+    from harness.run.instruments.gemm import repeat
 
     def compute() -> None:
         until = time.thread_time() + 0.03

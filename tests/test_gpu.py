@@ -16,8 +16,8 @@ import torch
 from distributed import free_port, run_ranks, standin_environment
 from ranks_parity import TINY
 
-from harness.config import REPOSITORY
-from harness.run.tracer import CudaClock
+from harness.run.instruments.tracer import CudaClock
+from harness.spec.config import REPOSITORY
 
 STEPS = ["train.steps=4", "train.warmup_steps=1", "train.global_batch_size=8", "data=synthetic"]
 SMALL = [*TINY, *STEPS, "tracking.trace_steps=[3]"]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from helpers import MACHINE, make_config
 
-from harness.config import REPOSITORY
 from harness.machine import Machine
 from harness.plan import hardware
 from harness.plan.hardware import peak_flops_per_second, unused_peak
+from harness.spec.config import REPOSITORY
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_a_rank_is_gone_when_its_process_ended_before_its_work(tmp_path: Path) -
 )
 def test_instructions_are_marked(tmp_path: Path, device_kind: str, begun: str, ended: str) -> None:
     """What a GPU was given is not what it has done."""
-    from harness.run.heartbeat import attach_heartbeat
+    from harness.run.instruments.heartbeat import attach_heartbeat
 
     during: list[str] = []
 

@@ -25,9 +25,9 @@ from benchmarks.known_truth import (
     set_seconds,
 )
 
-from harness.plan.schedule import build_schedule
 from harness.plan.simulate import simulate
-from harness.timeline import COMPUTE_KINDS, Span, activity, measured_bubble
+from harness.spans.span import COMPUTE_KINDS, Span, activity, measured_bubble
+from harness.spec.schedules import build_schedule
 
 SLACK = 0.01
 """Of bubble fractions, beyond what the machine adds."""

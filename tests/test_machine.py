@@ -12,10 +12,10 @@ import pytest
 from helpers import compose_raw
 
 from harness import machine as module
-from harness.config import load_config
 from harness.errors import ConfigError
 from harness.machine import Gpu, Machine, detect_machine, gpu_versions
 from harness.record.store import environment
+from harness.spec.resolve import load_config
 
 TWO_GPUS = "0, GPU-aaaa-1111, NVIDIA H200, 580.1, 9.0\n3, GPU-bbbb-2222, NVIDIA A100-SXM4-80GB, 580.1, 8.0\n"
 SPLIT = "0, GPU-a, NVIDIA H100, 580.1, 9.0, Disabled\n1, GPU-b, NVIDIA H100, 580.1, 9.0, Enabled\n"

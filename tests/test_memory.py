@@ -8,8 +8,6 @@ import pytest
 import torch
 from helpers_model import saved_bytes
 
-from harness.config import Model, RunConfig
-from harness.counts import flops_conventions, stage_counts
 from harness.model.block import TransformerBlock
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
@@ -22,7 +20,9 @@ from harness.plan.memory import (
     optimizer_bytes_per_parameter,
     stage_parameters_per_rank,
 )
-from harness.plan.schedule import build_schedule
+from harness.spec.config import Model, RunConfig
+from harness.spec.counts import flops_conventions, stage_counts
+from harness.spec.schedules import build_schedule
 from tests.helpers import make_config
 
 

@@ -33,10 +33,10 @@ from harness.record.metrics import (
 )
 from harness.record.store import Point, SweepDirectory, environment, write_json
 from harness.run.data import CorpusSamples
-from harness.run.deepspeed_config import build_deepspeed_config
-from harness.run.train import group_by_stage, mean_bubble
-from harness.timeline import Bubble
-from harness.topology import Topology
+from harness.run.engines.deepspeed.settings import build_deepspeed_config
+from harness.run.tasks.train import group_by_stage, mean_bubble
+from harness.spans.span import Bubble
+from harness.spec.topology import Topology
 
 CONTRACT = """point, status, reason, tp, pp, dp, world_size, schedule, micro_batch_size, num_micro_batches,
 global_batch_size, sequence_length, precision, zero_stage, activation_checkpointing, step_seconds, step_seconds_p10,

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
 from torch import Tensor
 
-from harness import counts
-from harness.config import Model
 from harness.model.block import RotaryPositions, TransformerBlock
 from harness.model.families import SingleStage, build_layers, describe_layers, layer_names
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 from harness.model.transformers_weights import to_transformers
 from harness.model.weights import initialize, parameter_table, shard
+from harness.spec import counts
+from harness.spec.config import Model
 
 SINGLE = TensorParallel.single()
 MODELS = {

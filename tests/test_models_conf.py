@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import REPOSITORY, Model
-from harness.counts import parameters
-from harness.huggingface import GPT2_SHAPE, LLAMA_SHAPE
+from harness.spec.config import REPOSITORY, Model
+from harness.spec.counts import parameters
+from harness.spec.transformers_config import GPT2_SHAPE, LLAMA_SHAPE
 from tests.helpers import make_config
 
 SYNTHETIC = {"hf", "emulated"}  # no shape of their own, no computation

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.config import Parallel
-from harness.counts import stage_counts
-from harness.plan.partition import balance, layers_per_stage
+from harness.spec.config import Parallel
+from harness.spec.counts import stage_counts
+from harness.spec.partition import balance, layers_per_stage
 from tests.helpers import make_config
 
 

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from harness.record import plots
 from harness.record.plots import timeline_picture
-from harness.timeline import Span
+from harness.spans.span import Span
 
 MS = 1_000_000
 

@@ -19,12 +19,12 @@ import pytest
 from helpers import MACHINE, record_attempt
 from rich.console import Console
 
-from harness.config import REPOSITORY
 from harness.machine import Machine
 from harness.record import report
 from harness.record.metrics import COLUMNS
 from harness.record.report import collect, csv_text, headline, legend, markdown, number, print_report, rank
 from harness.record.store import SweepDirectory, environment, write_json
+from harness.spec.config import REPOSITORY
 
 HOSTILE = "a|b\n## heading `tick` <b>bold</b> [red]markup[/red] *star* \\ ```"
 

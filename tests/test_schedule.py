@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 
-from harness.plan.schedule import Instruction, Schedule, build_schedule
-from harness.timeline import KINDS, RECEIVE_OF_SEND
+from harness.spans.span import KINDS, RECEIVE_OF_SEND
+from harness.spec.schedules import Instruction, Schedule, build_schedule
 
 CLASS_OF_KIND = {
     "load": "LoadMicroBatch",

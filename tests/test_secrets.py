@@ -14,7 +14,6 @@ import pytest
 from helpers import MACHINE, make_config
 from pydantic import BaseModel, ValidationError
 
-from harness.config import REPOSITORY, identity, load_config
 from harness.errors import ConfigError
 from harness.launch import process
 from harness.launch.compose import Composer, compose
@@ -22,6 +21,9 @@ from harness.launch.sweep import expand, run_batch
 from harness.record.store import Point, SweepDirectory, read_json
 from harness.run import worker
 from harness.secrets import TYPED_OUT, fill_in, hide, refuse_typed_out, settle, variables
+from harness.spec.config import REPOSITORY
+from harness.spec.identity import identity
+from harness.spec.resolve import load_config
 
 SECRET = "hunter2-0123456789abcdef"
 TEXT = "${oc.env:MONITOR_API_KEY}"

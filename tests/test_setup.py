@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import REPOSITORY, load_config
 from harness.launch.compose import Composer
 from harness.launch.sweep import expand
 from harness.machine import Machine
+from harness.spec.config import REPOSITORY
+from harness.spec.resolve import load_config
 
 SMI = REPOSITORY / "tests" / "cuda_standin" / "bin"
 RECORDER = f"""#!{sys.executable}

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.plan import schedule as schedules
-from harness.plan.schedule import Instruction, Stage, build_schedule
 from harness.plan.simulate import Seconds, simulate
-from harness.timeline import RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble
+from harness.spans.span import RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble
+from harness.spec import schedules
+from harness.spec.schedules import Instruction, Stage, build_schedule
 
 # arXiv 2401.10241, tables 5 and 9: p, m, t_F, t_B, t_W and t_comm in ms, bubble rate of 1F1B.
 PUBLISHED = [

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import pytest
 from helpers import MACHINE, make_config, step_records
 
-from harness.config import RunConfig
 from harness.errors import ConfigError
 from harness.launch import process, sweep
 from harness.launch.compose import Composer
@@ -24,6 +23,7 @@ from harness.launch.sweep import Measured, expand, run_batch
 from harness.machine import Machine, detect_machine
 from harness.record.metrics import summarize
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
+from harness.spec.config import RunConfig
 
 
 class TestExpand:

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from harness.topology import Topology
+from harness.spec.topology import Topology
 
 OURS = {"pp": "pipe", "dp": "data", "tp": "model"}
 

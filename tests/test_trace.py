@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from harness.plan.schedule import build_schedule
 from harness.plan.simulate import simulate
-from harness.timeline import Span, SpanFile, chrome_trace, trace_problems
+from harness.spans.files import SpanFile
+from harness.spans.perfetto import chrome_trace, trace_problems
+from harness.spans.span import Span
+from harness.spec.schedules import build_schedule
 
 Trace = dict[str, Any]
 

@@ -9,10 +9,12 @@ from helpers import compose_raw
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from harness.config import EmulatedModel, Model, Parallel, RunConfig, Train, check, load_config
 from harness.errors import ConfigError
 from harness.machine import Machine
-from harness.plan.twin import reductions, twin_of
+from harness.spec.checks import check
+from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig, Train
+from harness.spec.resolve import load_config
+from harness.spec.twin import reductions, twin_of
 
 GPUS = Machine("cuda", "test GPU", num_devices=2**10, num_cores=2**10, memory_bytes=2**40)
 LLAMA, GPT2 = (load_config(compose_raw(f"model={name}"), GPUS) for name in ("llama_tiny", "gpt2_tiny"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from harness.config import RunConfig, identity
 from harness.errors import ConfigError
 from harness.launch.train import run_single
 from harness.machine import Machine
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, write_atomically
+from harness.spec.config import RunConfig
+from harness.spec.identity import identity
 
 BENCHED = "comm_bench"
 """Folder of communication benchmarks under results_dir."""

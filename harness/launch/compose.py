@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from harness.config import REPOSITORY
 from harness.errors import ConfigError
 from harness.secrets import refuse_typed_out, settle
+from harness.spec.config import REPOSITORY
 
 CONF = REPOSITORY / "conf"
 

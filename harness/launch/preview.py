@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.config import RunConfig
 from harness.record.store import Attempt, Point, SweepDirectory, is_stale
+from harness.spec.config import RunConfig
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import psutil
 
-from harness.config import REPOSITORY, RunConfig
 from harness.machine import Machine, process_started
 from harness.record.diagnose import (
     DEEPSPEED_LINE,
@@ -43,6 +42,7 @@ from harness.record.heartbeat import FOLDER as HEARTBEATS
 from harness.record.heartbeat import Heartbeat, describe, read_heartbeats
 from harness.record.store import Attempt, environment
 from harness.secrets import variables
+from harness.spec.config import REPOSITORY, RunConfig
 
 WORKER = "harness.run.worker"
 """Module that a rank runs."""

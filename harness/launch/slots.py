@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from harness.config import RunConfig
 from harness.machine import Machine
+from harness.spec.config import RunConfig
 
 
 class Slots:

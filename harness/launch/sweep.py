@@ -27,8 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from harness.breakdown import finish_pictures, start_pictures
-from harness.config import REPOSITORY, RunConfig, check_sweep_name, load_config
+from harness.analyse.breakdown import finish_pictures, start_pictures
 from harness.errors import ConfigError
 from harness.launch.compose import Composer, environment_as_text, open_deepspeed, run_hydra
 from harness.launch.preview import Decision, decide, print_preview
@@ -38,10 +37,13 @@ from harness.launch.train import data_identity, new_attempt, own_overrides, run_
 from harness.launch.verify import verify_layouts
 from harness.machine import Machine, detect_machine
 from harness.record.metrics import is_sound, point_row
+from harness.record.mirror import finish_mirrors, start_mirrors
 from harness.record.report import print_report, write_report
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
-from harness.record.tracking import finish_mirrors, start_mirrors
 from harness.secrets import TypedOut, refuse_typed_out
+from harness.spec.checks import check_sweep_name
+from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.resolve import load_config
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness.config import REPOSITORY, Data, RunConfig, identity, load_config
 from harness.errors import ConfigError
 from harness.launch.compose import compose, plain, run_hydra
 from harness.machine import Machine, detect_machine
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, SweepDirectory, environment, write_atomically
 from harness.secrets import PLACES
+from harness.spec.config import REPOSITORY, Data, RunConfig
+from harness.spec.identity import identity
+from harness.spec.resolve import load_config
 
 if TYPE_CHECKING:
     from harness.corpus import Corpus
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
     """Run an attempt, draw its pictures and mirror it to wandb; the exit status."""
-    from harness.breakdown import draw_and_finish  # numpy, which --help can do without
+    from harness.analyse.breakdown import draw_and_finish  # numpy, which --help can do without
 
     print(f"{config.model.name} {config.slug} m={config.num_micro_batches}: {attempt.path}", flush=True)
     outcome, mirror = run_and_mirror(attempt, config, machine, echo=True)
@@ -203,7 +205,7 @@ def run_and_mirror(
 ) -> tuple[Outcome, subprocess.Popen[bytes] | None]:
     """As `run_attempt`, and start the child that mirrors it to wandb (with `tracking.live` as it begins)."""
     from harness.launch.process import run_attempt
-    from harness.record.tracking import start_mirror
+    from harness.record.mirror import start_mirror
 
     mirror = None
     if config.tracking.live:

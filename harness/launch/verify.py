@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.config import RunConfig, identity
 from harness.launch.train import run_single
 from harness.machine import Machine
-from harness.plan.twin import twin_of
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, Point, SweepDirectory, write_atomically, write_json
+from harness.spec.config import RunConfig
+from harness.spec.identity import identity
+from harness.spec.twin import twin_of
 
 if TYPE_CHECKING:
     from harness.launch.sweep import Run

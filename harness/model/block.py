@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.config import Model
 from harness.model.collectives import gather_last_dim
 from harness.model.dropout import Dropout, RandomStreams
 from harness.model.groups import TensorParallel
 from harness.model.layers import ColumnParallelLinear, RowParallelLinear
 from harness.model.weights import has_biases, mlp_parts, qkv_parts
+from harness.spec.config import Model
 
 
 def norm_class(model: Model) -> type[nn.LayerNorm] | type[nn.RMSNorm]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.config import EmulatedModel
 from harness.model.block import TransformerBlock
 from harness.model.dropout import RandomStreams
 from harness.model.groups import TensorParallel
+from harness.spec.config import EmulatedModel
 
 
 class EmulatedBlock(TransformerBlock):

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.config import Model
 from harness.model.block import TransformerBlock, norm_class
 from harness.model.dropout import Dropout, RandomStreams
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
 from harness.model.layers import OutputHead, PositionEmbedding, VocabParallelEmbedding, vocab_parallel_logits
+from harness.spec.config import Model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from harness.topology import Topology
+from harness.spec.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from harness.config import Model
 from harness.errors import ConfigError
 from harness.model.weights import parameter_table
+from harness.spec.config import Model
 
 GPT2_NAMES = {
     "embedding": ("transformer.wte",),

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from harness.config import Model
 from harness.model.dropout import stream_seed
 from harness.model.groups import TensorParallel
+from harness.spec.config import Model
 
 Parts = tuple[tuple[str, int], ...]
 """Name and size of what is fused along one dimension."""

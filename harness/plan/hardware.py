@@ -9,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
-from harness.config import REPOSITORY, Cluster, RunConfig, first_problem
 from harness.machine import Machine
+from harness.spec.config import REPOSITORY, Cluster, RunConfig
+from harness.spec.resolve import first_problem
 
 CONF = REPOSITORY / "conf"
 

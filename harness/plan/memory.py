@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.config import Model, Parallel, RunConfig
-from harness.counts import BYTES_PER_VALUE, block_parameters, embedding_parameters, head_parameters
-from harness.topology import Topology
+from harness.spec.config import Model, Parallel, RunConfig
+from harness.spec.counts import BYTES_PER_VALUE, block_parameters, embedding_parameters, head_parameters
+from harness.spec.topology import Topology
 
 FP32_BYTES = 4
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.plan.schedule import Instruction, Schedule
-from harness.timeline import COMPUTE_KINDS, KINDS, RECEIVE_OF_SEND, Span
+from harness.spans.span import COMPUTE_KINDS, KINDS, RECEIVE_OF_SEND, Span
+from harness.spec.schedules import Instruction, Schedule
 
 OTHER_END = RECEIVE_OF_SEND | {receive: send for send, receive in RECEIVE_OF_SEND.items()}
 Seconds = float | Sequence[float] | Sequence[Sequence[float]]

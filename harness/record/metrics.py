@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy
 
-from harness.config import RunConfig
-from harness.counts import flops_conventions, parameters, training_flops_per_token
 from harness.machine import Machine
 from harness.record.spread import detect_warmup, drift
 from harness.record.store import Attempt, Point, is_stale, read_json, read_jsonl, read_measured
-from harness.timeline import Bubble, ideal_bubble_fraction, ideal_bubble_overhead
+from harness.spans.span import Bubble, ideal_bubble_fraction, ideal_bubble_overhead
+from harness.spec.config import RunConfig
+from harness.spec.counts import flops_conventions, parameters, training_flops_per_token
 
 COLUMNS = tuple(
     """point status reason tp pp dp world_size schedule micro_batch_size num_micro_batches global_batch_size

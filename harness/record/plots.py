@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.timeline import COMPUTE_KINDS, Span
+from harness.spans.span import COMPUTE_KINDS, Span
 
 # Forward blue and backward green, as pipelines are drawn since arXiv 2104.04473; waiting stays white.
 FILLS = {

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.record import metrics
+from harness.record.mirror import finish_mirrors, start_mirrors
 from harness.record.spread import LARGE_DRIFT
 from harness.record.store import UNFINISHED, Point, SweepDirectory, write_atomically
-from harness.record.tracking import finish_mirrors, start_mirrors
 
 if TYPE_CHECKING:
     from rich.console import Console

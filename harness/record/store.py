@@ -34,9 +34,9 @@ from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 
-from harness.config import REPOSITORY, RunConfig
 from harness.errors import ConfigError
 from harness.machine import Machine, gpu_versions, process_started
+from harness.spec.config import REPOSITORY, RunConfig
 from harness.strict_json import dumps, with_numbers
 
 Status = Literal["pending", "running", "interrupted", "ok", "invalid", "oom", "timeout", "hang", "crashed"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.config import RunConfig
 from harness.record.spread import LARGE_DRIFT
+from harness.spec.config import RunConfig
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.config import RunConfig
 from harness.corpus import Corpus, load_tokens, sample
+from harness.spec.config import RunConfig
 
 IGNORE_INDEX = -100
 MicroBatch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]

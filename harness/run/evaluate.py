@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from harness.config import RunConfig
 from harness.corpus import Corpus
-from harness.run.build import Training
 from harness.run.data import HeldOutSamples, step_micro_batches
+from harness.run.engines.deepspeed.build import Training
+from harness.spec.config import RunConfig
 
 
 class Evaluation:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from harness.config import Train
+from harness.spec.config import Train
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, where cosine decay ends
 

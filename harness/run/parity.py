@@ -37,15 +37,15 @@ import torch.nn.functional as F
 from deepspeed.runtime.pipe.schedule import OptimizerStep
 from torch import Tensor
 
-from harness.config import Model, RunConfig
 from harness.model.dropout import RandomStreams, stream_seed
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import load_full, parameter_table, unshard
 from harness.record.heartbeat import Phase, no_phase
-from harness.run.build import before, build_training
 from harness.run.data import IGNORE_INDEX, MicroBatch, micro_batches
-from harness.run.deepspeed_config import clips_by_itself
+from harness.run.engines.deepspeed.build import before, build_training
+from harness.run.engines.deepspeed.settings import clips_by_itself
+from harness.spec.config import Model, RunConfig
 
 MOST_REPETITIONS = 64
 """Of a step that overflows in fp16: more often than a loss scale can be halved."""
@@ -352,7 +352,7 @@ def compare_number(kind: str, measured: float, expected: float, tolerance: float
 def check_parity(config: RunConfig, rank: int, phase: Phase = no_phase) -> list[Comparison]:
     """Compare the layout of `config` with one rank; a collective call, the answer is rank 0's.
 
-    The model should be small (`harness.plan.twin`); every rank holds its full weights.
+    The model should be small (`harness.spec.twin`); every rank holds its full weights.
 
     Args:
         phase: told what is done next.

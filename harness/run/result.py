@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from harness.breakdown import breakdown, read_run
-from harness.config import RunConfig
+from harness.analyse.breakdown import breakdown, read_run
 from harness.corpus import Corpus
-from harness.counts import stage_counts, training_flops_per_token
 from harness.machine import Machine
 from harness.plan.hardware import peak_flops_per_second, unused_peak
 from harness.plan.memory import memory_beside_measured
@@ -32,10 +30,12 @@ from harness.record.metrics import (
 )
 from harness.record.store import Attempt, write_json
 from harness.record.summary import print_summary
-from harness.run.gemm import gemm_flops_per_second
+from harness.run.instruments.gemm import gemm_flops_per_second
+from harness.spec.config import RunConfig
+from harness.spec.counts import stage_counts, training_flops_per_token
 
 if TYPE_CHECKING:
-    from harness.run.train import Loop
+    from harness.run.tasks.train import Loop
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from harness.record.heartbeat import DONE, Heart
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
 from harness.secrets import hide, variables
 
-TASKS = {"train": "harness.run.train", "verify": "harness.run.verify", "comm_bench": "harness.run.comm_bench"}
+TASKS = {task: f"harness.run.tasks.{task}" for task in ("train", "verify", "comm_bench")}
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
 
 STOPS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -291,8 +291,8 @@ def _finish(status: int, copies: Sequence[subprocess.Popen[bytes]] = ()) -> NoRe
 
 def _draw_and_mirror(attempt: Attempt) -> None:
     """Draw the run's pictures and write it to wandb, from child processes under time limits."""
-    from harness.breakdown import draw_and_finish
-    from harness.record.tracking import start_mirror
+    from harness.analyse.breakdown import draw_and_finish
+    from harness.record.mirror import start_mirror
 
     draw_and_finish(attempt, start_mirror(attempt))
 

@@ -64,8 +64,8 @@ def rank_main() -> None:
 
     from harness.checkpoints import directory_of
     from harness.machine import detect_machine
-    from harness.run.build import build_training
     from harness.run.checkpoint import load_checkpoint, save_checkpoint, tensor_shapes
+    from harness.run.engines.deepspeed.build import build_training
     from harness.run.worker import initialize_distributed
 
     case, folder = read_argument(), Path(sys.argv[1])

@@ -115,8 +115,8 @@ def measure(p: int, folder: Path, normal_priority: bool = False) -> dict[Case, M
 
 def set_seconds(case: Case) -> tuple[float, float]:
     """By the set times alone: T from the first forward to the last backward, and the mean busy time of a stage."""
-    from harness.plan.schedule import build_schedule
     from harness.plan.simulate import simulate
+    from harness.spec.schedules import build_schedule
 
     seconds = {
         "forward": [FORWARD_SECONDS * factor for factor in case.factors],
@@ -244,10 +244,10 @@ def rank_main() -> None:
     from helpers import make_config
 
     from harness.record.store import Attempt
-    from harness.run.build import build_training
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.tracer import HostClock, Tracer
-    from harness.run.train import Loop, share_corpus
+    from harness.run.engines.deepspeed.build import build_training
+    from harness.run.instruments.tracer import HostClock, Tracer
+    from harness.run.tasks.train import Loop, share_corpus
     from harness.run.worker import initialize_distributed
 
     argument = read_argument()
@@ -292,8 +292,8 @@ def read_measured(case: Case, attempt: Any, windows: list[tuple[float, float]]) 
     """What the files of a case hold, beside the window of each step."""
     from helpers import make_config
 
-    from harness.breakdown import breakdown, read_run
-    from harness.plan.explain import durations
+    from harness.analyse.breakdown import breakdown, read_run
+    from harness.analyse.explain import durations
     from harness.record.store import read_jsonl
 
     run = read_run(attempt, make_config(*case.overrides))

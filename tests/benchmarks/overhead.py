@@ -67,11 +67,11 @@ def rank_main() -> None:
     from harness.machine import detect_machine
     from harness.record.heartbeat import Heart
     from harness.record.store import Attempt
-    from harness.run.build import build_training
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.heartbeat import attach_heartbeat
-    from harness.run.tracer import KIND_OF_INSTRUCTION, HostClock, Tracer
-    from harness.run.train import Loop, share_corpus
+    from harness.run.engines.deepspeed.build import build_training
+    from harness.run.instruments.heartbeat import attach_heartbeat
+    from harness.run.instruments.tracer import KIND_OF_INSTRUCTION, HostClock, Tracer
+    from harness.run.tasks.train import Loop, share_corpus
     from harness.run.worker import initialize_distributed
 
     case = read_argument()
@@ -127,11 +127,11 @@ def build_bare(config: Any, rank: int) -> Any:
     from harness.model.groups import build_tensor_parallel
     from harness.model.loss import PipelineLoss
     from harness.model.weights import initialize
-    from harness.plan.partition import layers_per_stage
-    from harness.run.build import StagedPipeline, stage_boundaries
-    from harness.run.deepspeed_config import build_deepspeed_config
+    from harness.run.engines.deepspeed.build import StagedPipeline, stage_boundaries
+    from harness.run.engines.deepspeed.settings import build_deepspeed_config
     from harness.run.optimizer import build_learning_rate, build_optimizer
-    from harness.topology import Topology
+    from harness.spec.partition import layers_per_stage
+    from harness.spec.topology import Topology
 
     settings = {**build_deepspeed_config(config), "gradient_clipping": config.train.gradient_clipping}
     topology = Topology(pp=config.parallel.pp, dp=config.parallel.dp, tp=config.parallel.tp)

@@ -36,7 +36,7 @@ MARK_IMPORTS = """
 import os, sys, time
 class Finder:
     def find_spec(self, name, path, target=None):
-        if name == "harness.run.heartbeat":  # the last of our modules, after torch and deepspeed
+        if name == "harness.run.instruments.heartbeat":  # the last of our modules, after torch and deepspeed
             sys.meta_path.remove(self)
             open(next(a for a in sys.argv if "attempt-" in a) + "/imported", "w").close()
 if os.environ.get("RANK") == "0":

@@ -53,7 +53,7 @@ def rank_main() -> None:
     from harness.model.groups import build_tensor_parallel
     from harness.plan.memory import block_activation_bytes_per_token
     from harness.run.worker import initialize_distributed
-    from harness.topology import Topology
+    from harness.spec.topology import Topology
 
     initialize_distributed()
     torch.set_num_threads(1)

@@ -55,7 +55,7 @@ def main() -> None:
 
 def span_seconds(calls: int = 100_000) -> float:
     """What a span adds to the call it is around."""
-    from harness.run.tracer import HostClock, Tracer
+    from harness.run.instruments.tracer import HostClock, Tracer
 
     def nothing() -> None:
         pass
@@ -78,12 +78,13 @@ def rank_main() -> None:
     from helpers import make_config
 
     from harness.machine import detect_machine
-    from harness.run.build import build_training
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.tracer import HostClock, Tracer
-    from harness.run.train import share_corpus
+    from harness.run.engines.deepspeed.build import build_training
+    from harness.run.instruments.tracer import HostClock, Tracer
+    from harness.run.tasks.train import share_corpus
     from harness.run.worker import initialize_distributed
-    from harness.timeline import Span, span_lines
+    from harness.spans.files import span_lines
+    from harness.spans.span import Span
 
     case = read_argument()
     initialize_distributed()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.config import Model, RunConfig
+from harness.spec.config import Model, RunConfig
 
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
 

@@ -3,7 +3,7 @@
 It runs in a child process, niced and under a time limit, so that a missing, slow or failing wandb costs a
 warning and never a measurement:
 
-    python -m harness.record.tracking ATTEMPT_DIR_OR_SWEEP_DIR ...
+    python -m harness.record.mirror ATTEMPT_DIR_OR_SWEEP_DIR ...
 
 The run directory stays the truth. A mirror that got lost is written again from it by `report.py --wandb`; it
 replaces what an earlier try left, so there is one wandb run per attempt.
@@ -28,9 +28,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.config import REPOSITORY, Wandb
 from harness.record.metrics import row
 from harness.record.store import Attempt, SweepDirectory, read_json, write_json
+from harness.spec.config import REPOSITORY, Wandb
 from harness.strict_json import with_numbers
 
 # What a child keeps of the WANDB_* variables: how to reach the server and as whom. The others name a run, and
@@ -55,7 +55,7 @@ def start_mirrors(paths: Sequence[Path]) -> subprocess.Popen[bytes] | None:
     """Mirror attempt and sweep directories, one after the other, in one child process; None when it can't start."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {key: value for key, value in os.environ.items() if key in KEPT_VARIABLES}
-    command = [sys.executable, "-m", "harness.record.tracking", *(str(path.resolve()) for path in paths)]
+    command = [sys.executable, "-m", "harness.record.mirror", *(str(path.resolve()) for path in paths)]
     try:
         return subprocess.Popen(
             command,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from harness.config import RunConfig
 from harness.machine import detect_machine
-from harness.plan.twin import reductions, twin_of
 from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
 from harness.run.parity import Comparison, check_parity, worst_error
+from harness.spec.config import RunConfig
+from harness.spec.twin import reductions, twin_of
 
 
 def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:

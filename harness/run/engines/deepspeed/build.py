@@ -23,7 +23,6 @@ from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, ReduceGr
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from harness.config import EmulatedModel, RunConfig
 from harness.model.collectives import all_reduce
 from harness.model.dropout import RandomStreams
 from harness.model.emulated import set_stage
@@ -31,13 +30,14 @@ from harness.model.families import LayerDescription, describe_layers
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
 from harness.model.weights import initialize, load_full, parameter_table
-from harness.plan.partition import layers_per_stage
 from harness.record.heartbeat import Phase, no_phase
-from harness.run.clipping import global_gradient_norm, scale_gradients
-from harness.run.deepspeed_config import build_deepspeed_config, clips_by_itself
+from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
+from harness.run.engines.deepspeed.settings import build_deepspeed_config, clips_by_itself
 from harness.run.optimizer import build_learning_rate, build_optimizer
 from harness.secrets import fill_in
-from harness.topology import Topology
+from harness.spec.config import EmulatedModel, RunConfig
+from harness.spec.partition import layers_per_stage
+from harness.spec.topology import Topology
 
 
 class StagedPipeline(PipelineModule):  # type: ignore[misc]  # deepspeed has no types

@@ -16,10 +16,11 @@ import pytest
 from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt
 
 from harness.machine import process_started
-from harness.record import report, tracking
+from harness.record import mirror as tracking
+from harness.record import report
 from harness.record.metrics import COLUMNS, row
+from harness.record.mirror import finish_mirrors, start_mirror
 from harness.record.store import Attempt, SweepDirectory, environment, read_jsonl
-from harness.record.tracking import finish_mirrors, start_mirror
 
 LIMIT_SECONDS = 300.0  # for a busy machine
 HOSTILE = "a|b\n[red] ü \U0001f600 \\udcff \x00"

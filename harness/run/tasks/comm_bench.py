@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import P2POp, ProcessGroup
 
-from harness.communication import OPERATIONS, Measurement, Operation, communication_file, measured_sizes
-from harness.config import RunConfig
 from harness.machine import detect_machine
 from harness.model.groups import create_groups
+from harness.plan.communication import OPERATIONS, Measurement, Operation, communication_file, measured_sizes
 from harness.record.heartbeat import Heart, Phase
 from harness.record.report import number
 from harness.record.store import Attempt, write_json
-from harness.run.gemm import DTYPES, synchronize
-from harness.run.train import set_up_device
-from harness.topology import Topology
+from harness.run.instruments.gemm import DTYPES, synchronize
+from harness.run.tasks.train import set_up_device
+from harness.spec.config import RunConfig
+from harness.spec.topology import Topology
 
 ITERATIONS = 4
 """Operations of one sample; roots and directions change, so that none can begin before the last has ended."""

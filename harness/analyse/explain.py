@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.plan.schedule import Schedule
 from harness.plan.simulate import simulate
-from harness.timeline import COMPUTE_KINDS, RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble, transfers
+from harness.spans.span import COMPUTE_KINDS, RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble, transfers
+from harness.spec.schedules import Schedule
 
 Table = NDArray[np.float64]
 

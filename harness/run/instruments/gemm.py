@@ -20,9 +20,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from harness.config import RunConfig
 from harness.machine import Machine, cache_file
 from harness.record.store import write_json
+from harness.spec.config import RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = tuple(2**power for power in range(8, 15))

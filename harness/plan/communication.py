@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from harness.config import RunConfig
 from harness.machine import Machine, cache_file
-from harness.topology import Axis
+from harness.spec.config import RunConfig
+from harness.spec.topology import Axis
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "point_to_point"]
 

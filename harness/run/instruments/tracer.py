@@ -24,7 +24,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.utils.checkpoint import checkpoint
 
 from harness.model import block, collectives
-from harness.timeline import COMPUTE_KINDS, NESTED_KINDS, Span
+from harness.spans.span import COMPUTE_KINDS, NESTED_KINDS, Span
 
 KIND_OF_INSTRUCTION = {
     schedule.LoadMicroBatch: "load",

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.timeline import (
+from harness.spans.files import read_spans, span_lines
+from harness.spans.span import (
     Bubble,
     Span,
     StageActivity,
@@ -19,8 +20,6 @@ from harness.timeline import (
     ideal_bubble_fraction,
     ideal_bubble_overhead,
     measured_bubble,
-    read_spans,
-    span_lines,
 )
 
 SECOND = 10**9

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from harness.clock import ClockOffset, RoundTrip, offset_of
+from harness.spans.clock import ClockOffset, RoundTrip, offset_of
 
 ROUND_TRIPS = 20
 

@@ -6,8 +6,8 @@ are split into contiguous runs, at least one block per stage.
 
 from __future__ import annotations
 
-from harness.config import Model, Parallel
-from harness.counts import (
+from harness.spec.config import Model, Parallel
+from harness.spec.counts import (
     block_forward_flops,
     block_parameters,
     embedding_parameters,

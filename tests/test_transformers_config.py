@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from harness.config import RunConfig
 from harness.errors import ConfigError
-from harness.huggingface import GPT2_FIXED, LLAMA_FIXED, read_transformers_config, resolve_model
+from harness.spec.config import RunConfig
+from harness.spec.transformers_config import GPT2_FIXED, LLAMA_FIXED, read_transformers_config, resolve_model
 from tests.helpers import make_config
 
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.config import Model, RunConfig
-from harness.plan.partition import layers_per_stage
+from harness.spec.config import Model, RunConfig
+from harness.spec.partition import layers_per_stage
 
 HEAD_DIM = 8
 SEQUENCE_LENGTH = 20
@@ -21,7 +21,7 @@ def twin_of(config: RunConfig) -> RunConfig:
     ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped, fewer than tp or several on a rank,
     whether attention is as wide as the residual stream, whether vocabulary and sequence divide by tp, and dropout where
     tp is 1. Beyond, it is switched off: where tensor-parallel ranks hold different values they draw different masks, so
-    it is the same in every layout on average only. (`harness.run.verify` switches it off on GPUs as well.)
+    it is the same in every layout on average only. (`harness.run.tasks.verify` switches it off on GPUs as well.)
     """
     partition = _twin_partition(config)
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)

@@ -2,7 +2,7 @@
 
 Every DeepSpeed default that changes the computation is written out. DeepSpeed clips at norm 1.0 when
 `gradient_clipping` is absent, and with fp32 and pipeline stages it clips each stage by a norm of its own
-part; the key is therefore always present, and 0 where `harness.run.clipping` does the work.
+part; the key is therefore always present, and 0 where `harness.run.engines.deepspeed.clipping` does the work.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.config import RunConfig
+from harness.spec.config import RunConfig
 
 
 def clips_by_itself(config: RunConfig) -> bool:

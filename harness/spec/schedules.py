@@ -2,7 +2,7 @@
 
 A schedule is one generator in `SCHEDULES`. It gets a `Stage` and yields that stage's instructions; the
 end of the step (reductions and optimizer) is the same in all and added here. Instructions have the kinds
-of `harness.timeline.Span`, so that a simulated and a measured step compare span by span.
+of `harness.spans.span.Span`, so that a simulated and a measured step compare span by span.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Instruction(NamedTuple):
     """One thing a stage does."""
 
     kind: str
-    """A kind of `harness.timeline.KINDS`."""
+    """A kind of `harness.spans.span.KINDS`."""
     micro_batch: int = -1
     """-1 where an instruction belongs to no micro-batch."""
     chunk: int = 0

@@ -2,7 +2,7 @@
 
 Called by rank 0 for result.json, and as a program for the pictures and the trace:
 
-    python -m harness.breakdown ATTEMPT_DIR
+    python -m harness.analyse.breakdown ATTEMPT_DIR
 
 It reads what is there: a rank that was killed leaves a file that is cut off, and then the steps that all ranks
 have whole are used, and what is lost is said.
@@ -20,23 +20,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness.config import REPOSITORY, RunConfig
-from harness.plan.explain import BubbleExplanation, explain
-from harness.plan.schedule import Schedule, build_schedule
+from harness.analyse.explain import BubbleExplanation, explain
+from harness.record.mirror import finish_mirrors
 from harness.record.store import Attempt, read_json, read_jsonl, write_json
-from harness.record.tracking import finish_mirrors
-from harness.timeline import (
-    PARTS,
-    Accounting,
-    Bubble,
-    SpanFile,
-    account,
-    aligned,
-    as_dict,
-    chrome_trace,
-    read_spans,
-)
-from harness.topology import Topology
+from harness.spans.accounting import PARTS, Accounting, account
+from harness.spans.files import SpanFile, aligned, read_spans
+from harness.spans.perfetto import chrome_trace
+from harness.spans.span import Bubble, as_dict
+from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.schedules import Schedule, build_schedule
+from harness.spec.topology import Topology
 
 WAITING_KINDS = ("reduce_tied_gradients", "optimizer", "reduce_loss")
 """Instructions in which all stages meet: tied gradients, the norm of the whole gradient, the loss."""
@@ -193,7 +186,7 @@ def start_pictures(attempt: Attempt) -> subprocess.Popen[bytes] | None:
     """
     if not read_jsonl(attempt.metrics_file):
         return None
-    command = [sys.executable, "-m", "harness.breakdown", str(attempt.path.resolve())]
+    command = [sys.executable, "-m", "harness.analyse.breakdown", str(attempt.path.resolve())]
     try:
         return subprocess.Popen(
             command,

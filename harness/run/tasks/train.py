@@ -14,25 +14,25 @@ import torch
 import torch.distributed as dist
 
 from harness.checkpoints import FOLDER
-from harness.clock import to_reference
-from harness.config import RunConfig
 from harness.corpus import Corpus, prepare_corpus
 from harness.machine import Machine, detect_machine, peak_resident_bytes
 from harness.record.heartbeat import Heart
 from harness.record.metrics import StepRecord, metrics_line
 from harness.record.store import Attempt, write_json
-from harness.run.build import Training, build_training
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
-from harness.run.clock import measure_clock_offset
 from harness.run.data import CorpusSamples, micro_batches
+from harness.run.engines.deepspeed.build import Training, build_training
 from harness.run.evaluate import Evaluation
-from harness.run.heartbeat import attach_heartbeat
+from harness.run.instruments.clock import measure_clock_offset
+from harness.run.instruments.heartbeat import attach_heartbeat
+from harness.run.instruments.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
 from harness.run.result import write_result
-from harness.run.span_writer import SpanWriter
-from harness.run.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
+from harness.spans.clock import to_reference
+from harness.spans.files import SpanWriter
+from harness.spans.span import STEP, Bubble, Span, StageActivity, activity, measured_bubble
+from harness.spec.config import RunConfig
+from harness.spec.topology import Topology
 from harness.strict_json import dumps
-from harness.timeline import STEP, Bubble, Span, StageActivity, activity, measured_bubble
-from harness.topology import Topology
 
 
 def train(attempt: Attempt, config: RunConfig, rank: int) -> None:

@@ -1,0 +1,1 @@
+"""DeepSpeed's pipeline engine; nothing else imports deepspeed."""

@@ -1,0 +1,1 @@
+"""What watches a rank while it works."""

@@ -1,0 +1,1 @@
+"""What is asked for? Configuration, its checks, and what follows from it alone; no torch."""

@@ -1,0 +1,210 @@
+"""Which combinations of values can run: every check that types can't make, each with its sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.checkpoints import check_resume
+from harness.errors import ConfigError
+from harness.machine import Machine
+from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
+from harness.spec.deepspeed_keys import check_deepspeed_settings
+
+SMALLEST_COMPUTE_CAPABILITY = {"fp16": 7.0, "bf16": 8.0}
+"""Of a GPU, by precision: what DeepSpeed asks for, and the first with matrix units for bf16 (Ampere)."""
+
+
+def check(config: RunConfig, machine: Machine) -> None:
+    """Refuse what types can't tell: layouts, batches and settings that can't run.
+
+    Raises:
+        ConfigError: with what is wrong, the values and the remedy.
+    """
+    _check_model(config)
+    _check_tensor_parallel(config.model, config.parallel)
+    _check_pipeline(config.model, config.parallel)
+    _check_batch(config)
+    _check_training(config, machine)
+    _check_tracking(config)
+    _check_devices(config, machine)
+    if config.comm_bench.min_bytes >= config.comm_bench.max_bytes:
+        raise ConfigError(
+            f"comm_bench.min_bytes={config.comm_bench.min_bytes} is not below "
+            f"comm_bench.max_bytes={config.comm_bench.max_bytes}; a fit needs two sizes or more"
+        )
+    check_deepspeed_settings(config.deepspeed)
+    check_sweep_name(config.sweep.name)
+    if config.train.resume is not None:
+        check_resume(config.train.resume, config.model.model_dump(), config.train.model_dump())
+
+
+def _check_model(config: RunConfig) -> None:
+    model, train = config.model, config.train
+    if model.num_attention_heads % model.num_key_value_heads:
+        raise ConfigError(
+            f"model.num_key_value_heads={model.num_key_value_heads} does not divide "
+            f"model.num_attention_heads={model.num_attention_heads}; "
+            f"use one of {_divisors(model.num_attention_heads)}"
+        )
+    if model.family == "llama" and model.head_dim % 2:
+        raise ConfigError(
+            f"model.head_dim={model.head_dim} is odd, but rotary positions turn pairs of values; use an even width"
+        )
+    if train.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"train.sequence_length={train.sequence_length} exceeds "
+            f"model.max_position_embeddings={model.max_position_embeddings}; shorten the one or raise the other"
+        )
+    tp = config.parallel.tp
+    if config.parallel.sequence_parallel and train.sequence_length % tp:
+        raise ConfigError(
+            f"train.sequence_length={train.sequence_length} can't be sliced for parallel.sequence_parallel=true over "
+            f"parallel.tp={tp}; use a multiple of {tp}, or parallel.sequence_parallel=false"
+        )
+
+
+def _check_tensor_parallel(model: Model, parallel: Parallel) -> None:
+    tp = parallel.tp
+    for key in ("num_attention_heads", "intermediate_size"):
+        size = getattr(model, key)
+        if size % tp:
+            raise ConfigError(
+                f"model.{key}={size} can't be split over parallel.tp={tp}; use tp {_or(_divisors(size, 64))}"
+            )
+    heads = model.num_key_value_heads
+    if heads % tp == 0:
+        return
+    if tp % heads:
+        fits = [d for d in _divisors(model.num_attention_heads, 64) if heads % d == 0 or d % heads == 0]
+        raise ConfigError(
+            f"model.num_key_value_heads={heads} can neither be split over parallel.tp={tp} nor shared "
+            f"evenly by its ranks; use tp {_or(fits)}"
+        )
+    if model.head_dim % (tp // heads):
+        raise ConfigError(
+            f"model.head_dim={model.head_dim} can't be split over the {tp // heads} ranks of parallel.tp={tp} "
+            f"that share a key-value head; use tp {_or(_divisors(heads, 64))}"
+        )
+
+
+def _check_pipeline(model: Model, parallel: Parallel) -> None:
+    if parallel.pp > model.num_hidden_layers:
+        raise ConfigError(
+            f"parallel.pp={parallel.pp} stages exceed model.num_hidden_layers={model.num_hidden_layers}; "
+            f"every stage needs a layer: use pp {model.num_hidden_layers} or less"
+        )
+    if isinstance(parallel.partition, list):
+        if len(parallel.partition) != parallel.pp:
+            raise ConfigError(
+                f"parallel.partition={parallel.partition} names {len(parallel.partition)} stages, "
+                f"but parallel.pp={parallel.pp}; give one number of layers per stage"
+            )
+        if sum(parallel.partition) != model.num_hidden_layers:
+            raise ConfigError(
+                f"parallel.partition={parallel.partition} places {sum(parallel.partition)} layers, "
+                f"but model.num_hidden_layers={model.num_hidden_layers}; make them equal"
+            )
+    factors = model.stage_factors if isinstance(model, EmulatedModel) else None
+    if factors is not None and len(factors) != parallel.pp:
+        raise ConfigError(
+            f"model.stage_factors={factors} names {len(factors)} stages, "
+            f"but parallel.pp={parallel.pp}; give one factor per stage"
+        )
+    if parallel.zero_stage >= 2:
+        raise ConfigError(
+            f"parallel.zero_stage={parallel.zero_stage} can't be combined with DeepSpeed's pipeline engine, "
+            "which keeps whole gradients between micro-batches; use zero_stage 0 or 1"
+        )
+
+
+def _check_batch(config: RunConfig) -> None:
+    train, parallel = config.train, config.parallel
+    share = train.micro_batch_size * parallel.dp
+    if train.global_batch_size % share:
+        fits = [d for d in _divisors(train.global_batch_size) if train.global_batch_size % (d * parallel.dp) == 0]
+        remedy = f"micro_batch_size {_or(fits)}" if fits else f"a dp that divides {train.global_batch_size}"
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={train.micro_batch_size} x parallel.dp={parallel.dp}; use {remedy}"
+        )
+
+
+def _check_training(config: RunConfig, machine: Machine) -> None:
+    train = config.train
+    if train.steps <= train.warmup_steps:
+        raise ConfigError(
+            f"train.steps={train.steps} leaves nothing to time after train.warmup_steps={train.warmup_steps}; "
+            f"use steps {train.warmup_steps + 1} or more"
+        )
+    if max(train.adam_betas) >= 1:
+        raise ConfigError(f"train.adam_betas={train.adam_betas} must be below 1; the usual values are [0.9, 0.95]")
+    if machine.device_kind == "cpu" and train.precision == "fp16":
+        raise ConfigError("train.precision=fp16 is not supported on CPU by DeepSpeed; use fp32 or bf16")
+    needed = SMALLEST_COMPUTE_CAPABILITY.get(train.precision, 0.0)
+    if machine.compute_capability is not None and machine.compute_capability < needed:
+        raise ConfigError(
+            f"train.precision={train.precision} needs a GPU of compute capability {needed} or above, but "
+            f"{machine.device_name} has {machine.compute_capability}; use fp32"
+            + (" or fp16" if machine.compute_capability >= SMALLEST_COMPUTE_CAPABILITY["fp16"] else "")
+        )
+    if train.precision == "fp16" and config.parallel.zero_stage == 0:
+        raise ConfigError(
+            "train.precision=fp16 with parallel.zero_stage=0 trains wrongly in DeepSpeed, whose optimizer takes a "
+            "step before the first; use parallel.zero_stage=1"
+        )
+
+
+def _check_tracking(config: RunConfig) -> None:
+    last = max(config.tracking.trace_steps, default=0)
+    if last > config.train.steps:
+        raise ConfigError(
+            f"tracking.trace_steps={config.tracking.trace_steps} names step {last}, but the run ends with "
+            f"train.steps={config.train.steps}; choose earlier steps or raise train.steps"
+        )
+
+
+def _check_devices(config: RunConfig, machine: Machine) -> None:
+    world_size, parallel = config.parallel.world_size, config.parallel
+    layout = f"tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp} needs {world_size} ranks"
+    if machine.device_kind == "cuda":
+        if world_size > machine.num_devices:
+            raise ConfigError(f"{layout}, but there are {machine.num_devices} GPUs; use a layout that fits them")
+        return
+    limit = config.launch.max_ranks_per_core * machine.num_cores
+    if world_size > limit:
+        raise ConfigError(
+            f"{layout}, but {machine.num_cores} cores hold at most {limit} "
+            f"(launch.max_ranks_per_core={config.launch.max_ranks_per_core}); use a smaller layout"
+        )
+
+
+RESERVED_NAMES = frozenset({"runs", "verify", "comm_bench", "published"})
+"""Folders under results_dir that are no sweeps."""
+
+
+def check_sweep_name(name: Any) -> None:
+    """A sweep's name is one folder: letters, digits, `.`, `_` and `-`.
+
+    Raises:
+        ConfigError: for anything else, and for a name that is in use for something else.
+    """
+    if name in RESERVED_NAMES:
+        raise ConfigError(f"sweep.name={name} is the folder of something else than a sweep; choose another name")
+    if not isinstance(name, str):
+        raise ConfigError(f"sweep.name={name!r} is not a text; quote it twice: sweep.name=\"'{name}'\"")
+    allowed = name.replace("-", "").replace("_", "").replace(".", "")
+    if not (allowed.isascii() and allowed.isalnum()) or name.startswith(".") or len(name) > 100:
+        raise ConfigError(
+            f"sweep.name={name!r} is not a folder name; use up to 100 letters, digits, '.', '_' and '-', "
+            "not beginning with '.'"
+        )
+
+
+def _divisors(number: int, limit: int | None = None) -> list[int]:
+    return [d for d in range(1, min(number, limit or number) + 1) if number % d == 0]
+
+
+def _or(values: list[int]) -> str:
+    """`1, 2 or 4`."""
+    *head, last = [str(value) for value in values]
+    return f"{', '.join(head)} or {last}" if head else last

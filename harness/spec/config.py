@@ -1,0 +1,297 @@
+"""The typed configuration of a run: one class per section, and every check in one place.
+
+Default values live in conf/, the Hydra groups; this module says what a value means, which type it
+has and which combinations can run. `load_config` turns what Hydra composed into a `RunConfig`
+that never changes afterwards. A mistake raises `ConfigError` with one sentence: what is wrong,
+the values, and what to change.
+
+No torch here: the launchers answer in well under a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Model(Section):
+    """Shape of the transformer, in the names of `transformers` configurations."""
+
+    name: str
+    """Label for tables."""
+    family: Literal["gpt2", "llama", "emulated"]
+    """gpt2: pre-LayerNorm, learned positions, GELU. llama: RMSNorm, rotary positions, SwiGLU.
+    emulated: blocks that wait (`EmulatedModel`)."""
+    num_hidden_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    """Fewer than num_attention_heads: grouped-query attention."""
+    head_dim: PositiveInt
+    """Width of one attention head."""
+    intermediate_size: PositiveInt
+    """Width of the feed-forward layer."""
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    tie_word_embeddings: bool
+    """The output head shares the weight of the token embedding."""
+    norm_epsilon: PositiveFloat
+    rope_theta: PositiveFloat
+    """Base of the rotary positions (llama)."""
+    initializer_range: PositiveFloat
+    """Standard deviation of freshly drawn weights."""
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    """Probability of dropping a value of the embedding, of the attention's probabilities and of what attention
+    and feed-forward layer add to the residual stream; one for all, as in GPT-2."""
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Vocabulary rounded up to a multiple of `tp`; the loss never sees the added entries."""
+        return -(-self.vocab_size // tp) * tp
+
+
+class EmulatedModel(Model):
+    """A model whose blocks wait for a set time instead of computing; everything around them is real."""
+
+    family: Literal["emulated"]
+    forward_seconds: NonNegativeFloat
+    """Wait of a block in a forward pass."""
+    backward_seconds: NonNegativeFloat
+    """Wait of a block in a backward pass."""
+    jitter: Annotated[float, Field(ge=0, le=1)]
+    """Each wait is longer or shorter by up to this share of it, evenly distributed."""
+    stage_factors: list[PositiveFloat] | None
+    """What the waits of each stage are multiplied by; null: 1."""
+
+
+def _of_family(model: Any) -> Any:
+    """The section of an emulated model has keys of its own."""
+    is_emulated = isinstance(model, Mapping) and model.get("family") == "emulated"
+    return EmulatedModel.model_validate(model) if is_emulated else model
+
+
+class Parallel(Section):
+    """The layout: how the model and the batch are split over ranks."""
+
+    tp: PositiveInt
+    """Tensor-parallel ranks that share every layer."""
+    pp: PositiveInt
+    """Pipeline stages."""
+    dp: PositiveInt
+    """Data-parallel replicas (`fill` in the configuration: devices / (tp x pp))."""
+    schedule: Literal["1f1b"]
+    """Order of forwards and backwards: DeepSpeed's one-forward-one-backward."""
+    partition: Literal["uniform", "parameters", "cost"] | list[PositiveInt]
+    """Layers per stage: balanced by number, parameters or FLOPs (head included), or listed."""
+    zero_stage: Literal[0, 1, 2, 3]
+    """ZeRO optimizer sharding over data-parallel ranks."""
+    sequence_parallel: bool
+    """Between attention and feed-forward layers each tensor-parallel rank holds 1/tp of the sequence."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp * self.dp
+
+
+class Train(Section):
+    """What one optimizer step is, and how many are taken."""
+
+    micro_batch_size: PositiveInt
+    """Samples in one forward pass."""
+    global_batch_size: PositiveInt
+    """Samples of one optimizer step over all ranks; the number of micro-batches follows."""
+    sequence_length: PositiveInt
+    """Tokens of a sample."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    warmup_steps: NonNegativeInt
+    """First steps left out of all timings."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: NonNegativeFloat
+    learning_rate_warmup_steps: NonNegativeInt
+    """Steps of linear rise to learning_rate."""
+    learning_rate_decay: Literal["cosine", "constant"]
+    """Course after the rise; cosine ends at a tenth of learning_rate."""
+    adam_betas: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+    adam_epsilon: PositiveFloat
+    weight_decay: NonNegativeFloat
+    """Applied to matrices, not to biases and norm weights."""
+    gradient_clipping: NonNegativeFloat
+    """Largest global gradient norm; 0 clips nothing."""
+    activation_checkpointing: Literal["none", "full"]
+    """full: a block's activations are computed again in the backward pass."""
+    seed: NonNegativeInt
+    """Draws weights and samples."""
+    checkpoint_interval: NonNegativeInt
+    """Steps between checkpoints, the last step has one too; 0 writes none."""
+    keep_checkpoints: PositiveInt
+    """Newest checkpoints that stay."""
+    resume: str | None
+    """Checkpoint to go on from, in any layout; a run's directory stands for its newest one."""
+    eval_interval: NonNegativeInt
+    """Steps between evaluations, the last step has one too; 0 makes none."""
+    eval_samples: PositiveInt
+    """Held-out samples of an evaluation."""
+
+
+class Data(Section):
+    """Where tokens come from."""
+
+    kind: Literal["text", "synthetic", "hub"]
+    """text: local files (default: the English documentation CPython ships); synthetic: random
+    tokens; hub: a dataset of the Hugging Face Hub (needs `pip install datasets`)."""
+    path: str | None
+    """text: file, folder or glob. hub: name of the dataset."""
+    tokenizer: str
+    """`bytes`, or a folder with a `transformers` tokenizer."""
+    hub_split: str
+    hub_column: str
+
+
+class Cluster(Section):
+    """The hardware a layout is meant for: datasheet values, empty where not known."""
+
+    name: str
+    device_name: str | None
+    """The name the device reports, or a part of it that no file of conf/cluster/ has; null: what this machine has. MFU
+    uses peak_flops where it fits."""
+    num_nodes: PositiveInt
+    devices_per_node: PositiveInt | None
+    """null: what this machine has."""
+    peak_flops: dict[Literal["fp32", "bf16", "fp16"], PositiveFloat | None]
+    """Dense matrix FLOP/s of one device, per precision."""
+    memory_bytes: PositiveInt | None
+    """Memory of one device."""
+    intra_node_bytes_per_second: PositiveFloat | None
+    """Link bandwidth of one device inside a node, one direction."""
+    inter_node_bytes_per_second: PositiveFloat | None
+    """Network bandwidth of one device between nodes, one direction."""
+
+
+class Wandb(Section):
+    """Weights & Biases: a mirror of the run directory, never its source."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+    entity: str | None
+    timeout_seconds: PositiveFloat
+    """Limit for writing one run; a slower one is given up with a warning."""
+
+
+class Tracking(Section):
+    """What is written down about a run."""
+
+    wandb: Wandb
+    live: bool
+    """wandb follows metrics.jsonl while the run trains, instead of at its end."""
+    span_steps: NonNegativeInt
+    """Steps after warm-up whose instruction spans are written to spans/."""
+    trace_level: Literal["instructions", "collectives"]
+    """collectives: spans of tensor-parallel collectives and of recomputation, too."""
+    trace_steps: list[PositiveInt]
+    """Steps, counted from 1, that trace.json shows."""
+
+
+class Launch(Section):
+    """How processes are started and when they are given up."""
+
+    timeout_seconds: PositiveFloat
+    """Wall time of one run, start included."""
+    hang_seconds: PositiveFloat
+    """Time without progress on any rank, from its first line to its last, where the harness starts `deepspeed`; a
+    minute more for the first rank to begin."""
+    memory_limit_bytes: PositiveInt | None
+    """Private memory of one process (RLIMIT_DATA); null: no limit."""
+    threads_per_rank: PositiveInt
+    """Compute threads of a rank (`null` in the configuration: cores / ranks)."""
+    master_port: Annotated[int, Field(ge=1, le=65535)] | None
+    """null: a free port per start."""
+    max_ranks_per_core: PositiveInt
+    """On CPU, more ranks than cores are allowed up to this factor, and marked oversubscribed."""
+    slots: PositiveInt
+    """Points of a sweep that run at once, on devices (on CPU: cores) of their own, where they fit."""
+
+
+def _text(name: Any) -> Any:
+    """A sweep may be called 2024."""
+    return str(name) if type(name) is int else name
+
+
+class Sweep(Section):
+    """A grid of runs under one name."""
+
+    name: Annotated[str, BeforeValidator(_text)]
+    """Folder under results_dir."""
+    repeats: PositiveInt
+    """Measurements of each point, which count as one."""
+    points: list[str]
+    """Explicit points, each a string of overrides separated by spaces; combined with the swept
+    axes of the command line when there are any."""
+    retry: list[Literal["oom", "timeout", "hang", "crashed"]]
+    """What became of points that are run again; other failures are kept."""
+    dry_run: bool
+    """Stop before the first point."""
+    verify: bool
+    """Check the parity of each layout before its first point."""
+
+
+class CommBench(Section):
+    """What launchers/comm_bench.py measures."""
+
+    min_bytes: PositiveInt
+    max_bytes: PositiveInt
+    """Sizes grow by 4 from min_bytes to max_bytes."""
+    repeats: PositiveInt
+    """Samples of each size, whose median counts."""
+
+
+class RunConfig(Section):
+    """Everything one run depends on."""
+
+    model: Annotated[SerializeAsAny[Model], BeforeValidator(_of_family)]
+    parallel: Parallel
+    train: Train
+    data: Data
+    cluster: Cluster
+    tracking: Tracking
+    launch: Launch
+    sweep: Sweep
+    comm_bench: CommBench
+    results_dir: str
+    deepspeed: dict[str, Any]
+    """DeepSpeed settings merged last into ds_config.json; each rank fills in `${oc.env:NAME}` (`harness.secrets`)."""
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches m per step and data-parallel rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
+
+    @property
+    def gradient_dtype(self) -> str:
+        """Type in which micro-batch gradients add up; without ZeRO DeepSpeed offers only the model's own."""
+        return "fp32" if self.train.precision == "bf16" and self.parallel.zero_stage > 0 else self.train.precision
+
+    @property
+    def slug(self) -> str:
+        """Layout in short, for folder names."""
+        p = self.parallel
+        return f"tp{p.tp}_pp{p.pp}_dp{p.dp}_mbs{self.train.micro_batch_size}"
