@@ -10,8 +10,8 @@ from distributed import read_argument, write_answer
 from helpers import make_config
 
 from harness.record.store import Attempt
+from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.tasks.comm_bench import comm_bench
-from harness.run.worker import initialize_distributed
 
 
 def main() -> None:

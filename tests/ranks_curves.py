@@ -9,9 +9,9 @@ from distributed import read_argument, write_answer
 from helpers import make_config
 
 from harness.run.data import CorpusSamples, micro_batches
-from harness.run.engines.deepspeed.build import build_training
+from harness.run.engines.deepspeed.join import initialize_distributed
+from harness.run.engines.engine import build_engine
 from harness.run.tasks.train import share_corpus
-from harness.run.worker import initialize_distributed
 
 
 def main() -> None:
@@ -21,11 +21,11 @@ def main() -> None:
     curves = []
     for overrides in read_argument():
         config = make_config(*overrides)
-        training = build_training(config, rank)
+        engine = build_engine(config, rank)
         samples = CorpusSamples(config, share_corpus(config, rank))
-        data = micro_batches(config, samples, training.topology.coordinate(rank).dp)
-        curves.append([float(training.engine.train_batch(data_iter=data)) for _ in range(config.train.steps)])
-        training.destroy()
+        data = micro_batches(config, samples, engine.topology.coordinate(rank).dp)
+        curves.append([engine.train_step(data) for _ in range(config.train.steps)])
+        engine.destroy()
     if rank == 0:
         write_answer(curves)
     os._exit(0)

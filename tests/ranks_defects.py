@@ -17,10 +17,10 @@ from torch import Tensor
 
 import harness.model.layers as layers
 import harness.model.weights as weights
-import harness.run.engines.deepspeed.build as build
+import harness.run.engines.deepspeed.engine as build
 import harness.run.optimizer as optimizer_module
 import harness.run.parity as parity
-from harness.run.worker import initialize_distributed
+from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.spec.config import Train
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -69,12 +69,12 @@ def row_bias_added_on_every_rank(patch: pytest.MonkeyPatch) -> None:
 
 @defect
 def norm_gradients_not_summed_under_sequence_parallelism(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(build, "sum_over_slices", lambda training: None)
+    patch.setattr(build.DeepSpeedEngine, "_sum_over_slices", lambda self: None)
 
 
 @defect
 def sum_of_slices_skips_the_other_ranks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(layers, "scatter_sum", lambda part, group: part.chunk(group.size(), dim=1)[group.rank()])
+    patch.setattr(layers, "scatter_sum", lambda part, group: part.chunk(group.size, dim=1)[group.process_group.rank()])
 
 
 def _replace_instruction(patch: pytest.MonkeyPatch, instruction: type, execute: Callable[..., None]) -> None:

@@ -17,10 +17,10 @@ from helpers import make_config
 
 from harness.machine import detect_machine
 from harness.record.store import Attempt, read_jsonl
+from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.tasks.comm_bench import comm_bench
 from harness.run.tasks.train import train
 from harness.run.tasks.verify import verify
-from harness.run.worker import initialize_distributed
 
 TASKS = {"train": train, "verify": verify, "comm_bench": comm_bench}
 

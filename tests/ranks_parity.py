@@ -12,8 +12,8 @@ from distributed import read_argument, write_answer
 from helpers import MACHINE, make_config
 
 from harness.machine import Machine
+from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.parity import check_parity
-from harness.run.worker import initialize_distributed
 
 TINY = (
     "model.num_hidden_layers=6",

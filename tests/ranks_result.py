@@ -33,7 +33,7 @@ from helpers import make_config  # noqa: E402
 
 import harness.run.tasks.train  # noqa: E402
 from harness.record.store import Attempt  # noqa: E402
-from harness.run.worker import initialize_distributed  # noqa: E402
+from harness.run.engines.deepspeed.join import initialize_distributed  # noqa: E402
 
 PARTS = "breakdown describe_stages flops_beside_peers memory_beside_measured peak_flops_per_second print_summary"
 

@@ -21,8 +21,8 @@ from helpers import make_config
 import harness.run.tasks.train
 from harness.record.store import Attempt, read_jsonl
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
-from harness.run.engines.deepspeed.build import build_training
-from harness.run.worker import initialize_distributed
+from harness.run.engines.deepspeed.join import initialize_distributed
+from harness.run.engines.engine import build_engine
 
 
 def main() -> None:
@@ -43,9 +43,9 @@ def main() -> None:
         curves.append(read_jsonl(attempt.metrics_file))
     for folder, overrides in argument.get("copies", ()):
         config = make_config(*overrides)
-        training = build_training(config, rank)
-        step = load_checkpoint(Path(str(config.train.resume)), training, config, None)
-        save_checkpoint(Path(sys.argv[1]) / folder / "checkpoints", training, config, step, None)
+        engine = build_engine(config, rank)
+        step = load_checkpoint(Path(str(config.train.resume)), engine, config, None)
+        save_checkpoint(Path(sys.argv[1]) / folder / "checkpoints", engine, config, step, None)
     if rank == 0:
         write_answer(curves)
     del hoard

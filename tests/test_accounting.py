@@ -9,8 +9,8 @@ import pytest
 from harness.analyse.explain import durations, explain
 from harness.plan.simulate import Seconds, simulate
 from harness.spans.accounting import PARTS, Accounting, account
-from harness.spans.span import KINDS, Span, activity, ideal_bubble_fraction, measured_bubble, transfers
-from harness.spec.schedules import Schedule, build_schedule
+from harness.spans.span import KINDS, Span, activity, measured_bubble, transfers
+from harness.spec.schedules import Schedule, build_schedule, ideal_bubble_fraction
 
 SECOND = 10**9
 UNEQUAL: dict[str, Seconds] = {
@@ -23,9 +23,10 @@ def span(kind: str, micro_batch: int, start: float, end: float) -> Span:
     return Span(3, kind, micro_batch, round(start * SECOND), round(end * SECOND))
 
 
-def order_of(spans: list[Span]) -> list[tuple[str, int]]:
+def order_of(spans: list[Span], peer: int = -1) -> list[tuple[str, int, int, int]]:
     nested = ("recompute", "tp_all_reduce")
-    return [(s.kind, s.micro_batch) for s in spans if s.kind not in nested]
+    talks = ("send_", "recv_")
+    return [(s.kind, s.micro_batch, 0, peer if s.kind.startswith(talks) else -1) for s in spans if s.kind not in nested]
 
 
 def account_one(spans: list[Span], step_seconds: float) -> Accounting:
@@ -60,20 +61,21 @@ def test_waiting_and_transfer_of_a_receive_by_hand() -> None:
              span("backward", 0, 21, 25)]  # fmt: skip
     last = [span("recv_activation", 0, 0, 7), span("forward", 0, 7, 11), span("backward", 0, 11, 19),
             span("send_gradient", 0, 19.5, 20.5)]  # fmt: skip
-    accounts = account([first, last], [order_of(first), order_of(last)], [25, 20.5])
+    orders = [order_of(first, peer=1), order_of(last, peer=0)]
+    accounts = account([first, last], orders, [25, 20.5])
     assert parts(accounts[0]) == {
         "forward": 4, "pp_transfer": 2 + 1.5, "pp_wait": 12.5, "backward": 4, "host_gap": 1
     }  # fmt: skip
     assert parts(accounts[1]) == {
         "pp_wait": 5, "pp_transfer": 2 + 1, "forward": 4, "backward": 8, "host_gap": 0.5
     }  # fmt: skip
-    assert [t.seconds for t in transfers([first, last])] == [2, 1.5]
+    assert [t.seconds for t in transfers([first, last], orders)] == [2, 1.5]
 
 
 def test_a_send_waits_unless_it_was_buffered() -> None:
     sends = [span("send_activation", 0, 0, 5), span("send_activation", 1, 5, 6)]
     receives = [span("recv_activation", 0, 3, 5), span("recv_activation", 1, 8, 9)]
-    first, last = account([sends, receives], [order_of(sends), order_of(receives)], [6, 9])
+    first, last = account([sends, receives], [order_of(sends, peer=1), order_of(receives, peer=0)], [6, 9])
     assert (first.seconds["pp_wait"], first.seconds["pp_transfer"]) == (3, 2 + 1)
     assert (last.seconds["pp_wait"], last.seconds["pp_transfer"], last.seconds["host_gap"]) == (0, 2 + 1, 3)
 
@@ -98,7 +100,7 @@ def step_seconds(stages: list[list[Span]]) -> list[float]:
 def test_simulated_steps_close(m: int, blocking: bool) -> None:
     schedule = build_schedule("1f1b", 4, m)
     stages = simulate(schedule, UNEQUAL, blocking=blocking)
-    for stage, accounting in enumerate(account(stages, schedule.order(), step_seconds(stages))):
+    for stage, accounting in enumerate(account(stages, schedule.stages, step_seconds(stages))):
         assert accounting.residual_seconds == pytest.approx(0, abs=1e-9)
         assert accounting.closes(1e-9)
         assert accounting.seconds["forward"] == m * [1, 2, 1, 3][stage]
@@ -114,11 +116,11 @@ def test_simulated_steps_close(m: int, blocking: bool) -> None:
 def test_transfers_of_interleaved_chunks_go_around() -> None:
     schedule = build_schedule("interleaved", 3, 6, 2)
     stages = simulate(schedule, {"forward": 2, "backward": 4, "send_activation": 0.25}, blocking=False)
-    pairs = list(transfers(stages))
+    pairs = list(transfers(stages, schedule.stages))
     assert len(pairs) == sum(i.kind.startswith("send") for stage in schedule.stages for i in stage)
     assert all(t.send.start_ns <= t.receive.end_ns for t in pairs)
     assert {(t.sender, t.receiver) for t in pairs if t.send.kind == "send_activation"} == {(0, 1), (1, 2), (2, 0)}
-    assert all(a.closes(1e-9) for a in account(stages, schedule.order(), step_seconds(stages)))
+    assert all(a.closes(1e-9) for a in account(stages, schedule.stages, step_seconds(stages)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("backward_")])
@@ -126,7 +128,7 @@ def test_dropping_a_kind_of_span_is_noticed(kind: str) -> None:
     schedule = build_schedule("1f1b", 4, 8)
     whole = simulate(schedule, UNEQUAL)
     lossy = [[s for s in spans if s.kind != kind] for spans in whole]
-    for stage, accounting in enumerate(account(lossy, schedule.order(), step_seconds(whole))):
+    for stage, accounting in enumerate(account(lossy, schedule.stages, step_seconds(whole))):
         dropped = [s for s in whole[stage] if s.kind == kind]
         assert accounting.num_missing == len(dropped)
         # No gap takes the place of what is gone.
@@ -136,9 +138,9 @@ def test_dropping_a_kind_of_span_is_noticed(kind: str) -> None:
 
 def test_a_span_outside_the_schedule() -> None:
     with pytest.raises(ValueError, match="forward of micro-batch 2 is not, or not so often, in the schedule"):
-        account([[span("forward", 2, 0, 1)]], [[("forward", 1)]], [1])
+        account([[span("forward", 2, 0, 1)]], [[("forward", 1, 0, -1)]], [1])
     with pytest.raises(ValueError, match="load of micro-batch 0 is not"):
-        account([[span("load", 0, 0, 1), span("load", 0, 1, 2)]], [[("load", 0)]], [2])
+        account([[span("load", 0, 0, 1), span("load", 0, 1, 2)]], [[("load", 0, 0, -1)]], [2])
 
 
 def explained(seconds: dict[str, Seconds], p: int = 4, m: int = 8) -> dict[str, float]:
@@ -148,7 +150,7 @@ def explained(seconds: dict[str, Seconds], p: int = 4, m: int = 8) -> dict[str, 
     explanation = explain(stages, schedule)
     measured = measured_bubble([[activity(spans)] for spans in stages])
     assert explanation.measured == measured
-    assert explanation.ideal.fraction == pytest.approx(ideal_bubble_fraction(p, m))
+    assert explanation.ideal.fraction == pytest.approx(ideal_bubble_fraction("1f1b", p, m))
     assert sum(explanation.causes_seconds.values()) == pytest.approx(measured.seconds)
     assert sum(explanation.causes_percent.values()) == pytest.approx(100 * measured.fraction)
     assert list(explanation.causes_seconds) == ["ideal", "imbalance", "transfer", "jitter", "host"]

@@ -145,7 +145,7 @@ import importlib.abc, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "harness.run.engines.deepspeed.build":
+        if name == "harness.run.engines.engine":
             sys.meta_path.remove(self)
             import harness.model.layers
             harness.model.layers.copy_to_tensor_parallel = lambda tensor, group: tensor

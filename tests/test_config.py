@@ -52,7 +52,7 @@ REFUSED = [
     ("parallel.tp=0", "parallel.tp=0 is not valid: input should be greater than or equal to 1"),
     ("parallel.dp=full", "parallel.dp='full' is not valid"),
     ("parallel.dp=fill parallel.tp=0", "parallel.tp=0 is not valid"),
-    ("parallel.schedule=gpipe", "parallel.schedule='gpipe' is not valid: input should be '1f1b'"),
+    ("parallel.schedule=gpipe", "parallel.schedule=gpipe is not available; use 1f1b"),
     ("parallel.partition=best", "input should be 'uniform', 'parameters' or 'cost'"),
     ("parallel.partition=[0,4] parallel.pp=2", "parallel.partition.0=0 is not valid"),
     ("parallel.zero_stage=4", "parallel.zero_stage=4 is not valid: input should be 0, 1, 2 or 3"),

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from deepspeed.runtime.pipe import schedule
 
 import harness.run.instruments.tracer as tracer
 from harness.run.instruments.tracer import CudaClock, HostClock, Tracer
+from harness.spec.schedules import Instruction
 
 # What one forward and one backward do, in milliseconds: (launch by the host, end on the device) of each event.
 Moments = list[tuple[float, float]]
@@ -48,17 +48,17 @@ def device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> D
     return device
 
 
+def execute(own: Tracer, *kinds: str) -> None:
+    for kind in kinds:
+        own.began(Instruction(kind, 0))
+        own.ended(Instruction(kind, 0))
+
+
 def traced_step(used_bytes: list[int] | None = None) -> Tracer:
-    """One forward, one backward and the loss of an engine that does nothing else."""
-    engine: Any = SimpleNamespace(
-        _INSTRUCTION_MAP={schedule.ForwardPass: lambda: None, schedule.BackwardPass: lambda: None},
-        _aggregate_total_loss=lambda: None,
-    )
+    """One forward and one backward of an engine that does nothing else."""
     own = Tracer(CudaClock())
-    own.attach(engine)
     own.start_step((lambda: used_bytes.pop(0)) if used_bytes is not None else None)
-    engine._INSTRUCTION_MAP[schedule.ForwardPass]()
-    engine._INSTRUCTION_MAP[schedule.BackwardPass]()
+    execute(own, "forward", "backward")
     return own
 
 
@@ -99,10 +99,11 @@ def test_launch_gaps_are_bounded(device: Device, seconds: float) -> None:
 
 def test_a_host_that_computes_launches_nothing() -> None:
     own = Tracer(HostClock())
-    engine: Any = SimpleNamespace(
-        _INSTRUCTION_MAP={schedule.ForwardPass: lambda: None}, _aggregate_total_loss=lambda: None
-    )
-    own.attach(engine)
     own.start_step()
-    engine._INSTRUCTION_MAP[schedule.ForwardPass]()
+    execute(own, "forward")
     assert own.launch_gap_seconds(own.spans(step=1)) is None
+
+
+def test_an_instruction_that_no_span_has_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'teleport' can't be traced"):
+        execute(Tracer(HostClock()), "teleport")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from distributed import run_ranks
 
-import harness.spans.span as timeline
+import harness.spec.schedules as schedules
 from harness.run.parity import compare
-from harness.spans.span import StageActivity
+from harness.spans.span import StageActivity, measured_bubble
 
 TP2 = ["parallel.tp=2", "train.global_batch_size=4"]
 SLICED = [*TP2, "parallel.sequence_parallel=true"]
@@ -84,8 +84,8 @@ def ideal_pipeline(p: int, m: int) -> list[list[StageActivity]]:
 
 def bubble_is_ideal() -> bool:
     return all(
-        timeline.measured_bubble(ideal_pipeline(p, m)).fraction
-        == pytest.approx(timeline.ideal_bubble_fraction(p, m), abs=1e-12)
+        measured_bubble(ideal_pipeline(p, m)).fraction
+        == pytest.approx(schedules.ideal_bubble_fraction("1f1b", p, m), abs=1e-12)
         for p in range(1, 9)
         for m in range(1, 17)
     )
@@ -94,10 +94,10 @@ def bubble_is_ideal() -> bool:
 def test_bubble_reference_reports_a_wrong_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bubble_is_ideal()
     wrong: dict[str, Any] = {
-        "overhead taken for fraction": lambda p, m: (p - 1) / m,
-        "a stage too many": lambda p, m: p / (m + p),
+        "overhead taken for fraction": lambda _, p, m: (p - 1) / m,
+        "a stage too many": lambda _, p, m: p / (m + p),
     }
     for formula in wrong.values():
         with monkeypatch.context() as patch:
-            patch.setattr(timeline, "ideal_bubble_fraction", formula)
+            patch.setattr(schedules, "ideal_bubble_fraction", formula)
             assert not bubble_is_ideal()

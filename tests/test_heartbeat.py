@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -75,30 +73,18 @@ def test_a_rank_is_gone_when_its_process_ended_before_its_work(tmp_path: Path) -
 )
 def test_instructions_are_marked(tmp_path: Path, device_kind: str, begun: str, ended: str) -> None:
     """What a GPU was given is not what it has done."""
-    from harness.run.instruments.heartbeat import attach_heartbeat
+    from harness.run.instruments.heartbeat import HeartbeatObserver
+    from harness.spec.schedules import Instruction
 
-    during: list[str] = []
-
-    class Forward:
-        pass
-
-    class Unknown:
-        pass
-
-    def execute(engine: Any, buffer: int) -> None:
-        assert buffer == 7
-        during.append(stands(tmp_path))
-
-    engine = SimpleNamespace(global_steps=0, _INSTRUCTION_MAP={Forward: execute, Unknown: execute})
-    heart = Heart(tmp_path, 0)
-    attach_heartbeat(engine, {Forward: "forward"}, heart, device_kind)
-    for global_steps in (0, 0, 1):
-        engine.global_steps = global_steps
-        engine._INSTRUCTION_MAP[Forward](engine, buffer=7)
-        places = [(0, 1), (1, 1), (0, 2)]
-        micro_batch, step = places[len(during) - 1]
-        where = f"forward of micro-batch {micro_batch}, step {step}"
-        assert during[-1] == f"{begun} {where}"
+    steps_taken = 0
+    observer = HeartbeatObserver(Heart(tmp_path, 0), lambda: steps_taken, device_kind)
+    for steps_taken, instruction, where in (
+        (0, Instruction("forward", 0), "forward of micro-batch 0, step 1"),
+        (0, Instruction("forward", 7), "forward of micro-batch 7, step 1"),
+        (1, Instruction("optimizer"), "optimizer, step 2"),
+    ):
+        observer.began(instruction)
+        assert stands(tmp_path) == f"{begun} {where}"
+        steps_taken += instruction.kind == "optimizer"  # which counts before it has ended
+        observer.ended(instruction)
         assert stands(tmp_path) == f"{ended} {where}"
-    engine._INSTRUCTION_MAP[Unknown](engine, buffer=7)
-    assert during[-1] == f"{ended} {where}"

@@ -34,9 +34,7 @@ from harness.record.metrics import (
 from harness.record.store import Point, SweepDirectory, environment, write_json
 from harness.run.data import CorpusSamples
 from harness.run.engines.deepspeed.settings import build_deepspeed_config
-from harness.run.tasks.train import group_by_stage, mean_bubble
 from harness.spans.span import Bubble
-from harness.spec.topology import Topology
 
 CONTRACT = """point, status, reason, tp, pp, dp, world_size, schedule, micro_batch_size, num_micro_batches,
 global_batch_size, sequence_length, precision, zero_stage, activation_checkpointing, step_seconds, step_seconds_p10,
@@ -174,13 +172,6 @@ def test_a_run_records_the_loss_and_norm_of_torch(lines: list[dict[str, Any]]) -
     assert lines[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert lines[0]["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert [line["train/learning_rate"] for line in lines] == pytest.approx([0.1, 0.2, 0.2, 0.2])
-
-
-def test_replicas_have_a_mean_bubble_and_stages_all_their_ranks() -> None:
-    found = mean_bubble([Bubble(0.1, 0.2, 1.0), Bubble(0.3, 0.6, 3.0)])
-    assert found == Bubble(pytest.approx(0.2), pytest.approx(0.4), 2.0)
-    ranks: Any = range(8)  # tensor-parallel ranks are innermost, stages outermost
-    assert group_by_stage(Topology(pp=2, dp=2, tp=2), ranks) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 @pytest.mark.parametrize(("precision", "zero_stage", "dtype"), [("bf16", 0, "bf16"), ("bf16", 1, "fp32")])

@@ -241,7 +241,7 @@ def test_a_rank_that_fails_tells_no_secret(
     monkeypatch.setattr(logger, "filters", [])
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(worker, "initialize_distributed", lambda: None)
+    monkeypatch.setattr("harness.run.engines.deepspeed.join.initialize_distributed", lambda: None)
     monkeypatch.setattr(worker, "_print_whole_lines", lambda: None)
     monkeypatch.setattr(worker, "_finish", end_with)
     monkeypatch.setitem(worker.TASKS, "fail", __name__)

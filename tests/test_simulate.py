@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from harness.plan.simulate import Seconds, simulate
 from harness.spans.span import RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble
 from harness.spec import schedules
-from harness.spec.schedules import Instruction, Stage, build_schedule
+from harness.spec.schedules import Instruction, ScheduleKind, Stage, build_schedule, fill_and_drain
 
 # arXiv 2401.10241, tables 5 and 9: p, m, t_F, t_B, t_W and t_comm in ms, bubble rate of 1F1B.
 PUBLISHED = [
@@ -142,8 +142,8 @@ def test_spans_follow_the_schedule_and_causes_come_first(name: str, v: int, bloc
         "load": 0.125, "reduce_gradients": 1, "optimizer": [2, 1, 1, 2],
     }  # fmt: skip
     stages = simulate(schedule, seconds, blocking=blocking, step=7)
-    for spans, order in zip(stages, schedule.order(), strict=True):
-        assert [(span.kind, span.micro_batch) for span in spans] == order
+    for spans, order in zip(stages, schedule.stages, strict=True):
+        assert [(span.kind, span.micro_batch, span.chunk) for span in spans] == [i[:3] for i in order]
         assert {span.step for span in spans} == {7}
         occupying = [span for span in spans if blocking or span.kind not in RECEIVE_OF_SEND]
         assert all(a.end_ns == b.start_ns for a, b in pairwise(occupying))
@@ -168,7 +168,7 @@ def zb_h1(stage: Stage) -> Iterator[Instruction]:
 @pytest.mark.parametrize(("p", "groups"), list(product(range(1, 7), [1, 2, 4])))
 def test_a_further_schedule_is_one_generator(p: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZB-H1 has a bubble of (p - 1)(t_F + t_B - t_W) (arXiv 2401.10241, table 2)."""
-    monkeypatch.setitem(schedules.SCHEDULES, "zb-h1", zb_h1)
+    monkeypatch.setitem(schedules.SCHEDULES, "zb-h1", ScheduleKind(zb_h1, fill_and_drain))
     m = p * groups
     for forward, grad, weight in [(1, 1, 1), (2, 2, 1), (4, 4, 3)]:
         seconds = {"forward": forward, "backward_input": grad, "backward_weight": weight}
@@ -226,7 +226,7 @@ def test_a_send_nobody_receives(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Instruction("forward", 0)
         yield Instruction("recv_gradient" if stage.index else "send_activation", 0, peer=1 - stage.index)
 
-    monkeypatch.setitem(schedules.SCHEDULES, "silent", talks_to_nobody)
+    monkeypatch.setitem(schedules.SCHEDULES, "silent", ScheduleKind(talks_to_nobody, fill_and_drain))
     for blocking in (True, False):
         with pytest.raises(ValueError, match="stage 1 at recv_gradient of micro-batch 0"):
             simulate(build_schedule("silent", 2, 1), {"forward": 1}, blocking=blocking)

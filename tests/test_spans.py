@@ -17,10 +17,11 @@ from harness.spans.span import (
     StageActivity,
     activity,
     as_dict,
-    ideal_bubble_fraction,
-    ideal_bubble_overhead,
+    bubble_of_step,
     measured_bubble,
+    median_bubble,
 )
+from harness.spec.schedules import ideal_bubble_fraction, ideal_bubble_overhead
 
 SECOND = 10**9
 
@@ -62,12 +63,12 @@ def test_ideal_1f1b(p: int, m: int) -> None:
         assert bubble.fraction == pytest.approx((p - 1) / (m + p - 1), abs=1e-15)
         assert bubble.overhead == pytest.approx((p - 1) / m, abs=1e-15)
         assert bubble.seconds == pytest.approx((p - 1) * (forward + backward) / SECOND, abs=1e-12)
-        assert ideal_bubble_fraction(p, m) == (p - 1) / (m + p - 1)
-        assert ideal_bubble_overhead(p, m) == (p - 1) / m
+        assert ideal_bubble_fraction("1f1b", p, m) == (p - 1) / (m + p - 1)
+        assert ideal_bubble_overhead("1f1b", p, m) == (p - 1) / m
 
 
 def test_speed_up_of_four_stages_and_nine_micro_batches() -> None:
-    assert 4 * (1 - ideal_bubble_fraction(4, 9)) == pytest.approx(3.0)
+    assert 4 * (1 - ideal_bubble_fraction("1f1b", 4, 9)) == pytest.approx(3.0)
 
 
 def seconds(kind: str, start: float, end: float) -> Span:
@@ -109,6 +110,15 @@ def test_busy_time_of_a_stage_is_the_mean_of_its_tensor_parallel_ranks() -> None
     assert measured_bubble([[rank(2), late], [rank(4), rank(8)]]).seconds == pytest.approx(20 - 5.5)
 
 
+def test_replicas_have_a_mean_bubble_and_a_run_the_median_of_its_steps() -> None:
+    def replica(busy: float) -> list[list[StageActivity]]:
+        return [[StageActivity(0, 10 * SECOND, busy, 0.0)]]
+
+    assert bubble_of_step([replica(5), replica(2)]) == Bubble(pytest.approx(0.65), pytest.approx(2.5), 6.5)
+    steps = [Bubble(0.1, 3.0, 2.0), Bubble(0.3, 1.0, 1.0), Bubble(0.2, 2.0, 4.0)]
+    assert median_bubble(steps) == Bubble(0.2, 2.0, 2.0)
+
+
 def test_one_busy_stage_has_no_bubble() -> None:
     bubble = measured_bubble([[activity([seconds("forward", 3, 4), seconds("backward", 4, 6)])]])
     assert bubble == Bubble(0.0, 0.0, 0.0)
@@ -124,7 +134,7 @@ def test_only_differences_of_times_matter(p: int, m: int, forward: int, backward
         [activity(s._replace(start_ns=s.start_ns + epoch, end_ns=s.end_ns + epoch) for s in spans)]
         for spans in ideal_1f1b(p, m, forward, backward)
     ]
-    assert measured_bubble(shifted).fraction == pytest.approx(ideal_bubble_fraction(p, m), abs=1e-9)
+    assert measured_bubble(shifted).fraction == pytest.approx(ideal_bubble_fraction("1f1b", p, m), abs=1e-9)
 
 
 @st.composite
@@ -166,7 +176,7 @@ def test_span_files_round_trip(tmp_path: Path) -> None:
     memory = '{"memory":[[5,100],[7,200]]}\n'
     file = write(tmp_path / "rank00000.jsonl", '{"rank":0}\n' + "".join(span_lines(SPANS)) + memory)
     assert read_spans(file) == ({"rank": 0}, SPANS, [(5, 100), (7, 200)])
-    assert file.read_text().splitlines()[1] == '[2,"forward",0,5,17]'
+    assert file.read_text().splitlines()[1] == '[2,"forward",0,5,17,0]'
     assert SPANS[0].seconds == 12e-9
 
 

@@ -44,3 +44,9 @@ def test_tp_subgroups() -> None:
     assert topology.tp_subgroups(2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert topology.tp_subgroups(4) == topology.groups("tp")
     assert topology.tp_subgroups(1) == [[rank] for rank in range(8)]
+
+
+def test_ranks_by_replica_stage_and_neighbour() -> None:
+    topology = Topology(pp=2, dp=2, tp=2)  # tensor-parallel ranks are innermost, stages outermost
+    assert topology.arranged(range(8)) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert topology.pipelines() == [[0, 4], [1, 5], [2, 6], [3, 7]]

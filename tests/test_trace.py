@@ -14,8 +14,15 @@ from harness.spans.files import SpanFile
 from harness.spans.perfetto import chrome_trace, trace_problems
 from harness.spans.span import Span
 from harness.spec.schedules import build_schedule
+from harness.spec.topology import Topology
 
 Trace = dict[str, Any]
+
+
+def trace_of(ranks: list[SpanFile], p: int = 2, tp: int = 2, m: int = 3, steps: list[int] | None = None) -> Trace:
+    """The trace of p x tp ranks under 1F1B."""
+    pipelines = Topology(pp=p, dp=1, tp=tp).pipelines()
+    return chrome_trace(ranks, pipelines, build_schedule("1f1b", p, m).stages, steps)
 
 
 def build_ranks(p: int = 2, tp: int = 2, m: int = 3, steps: int = 2) -> list[SpanFile]:
@@ -28,7 +35,7 @@ def build_ranks(p: int = 2, tp: int = 2, m: int = 3, steps: int = 2) -> list[Spa
         spans: list[Span] = []
         for step in range(steps):
             later = step * 10**8 + 12345
-            for _, kind, k, start, end in stages[step][rank // tp]:
+            for _, kind, k, start, end, _ in stages[step][rank // tp]:
                 spans.append(Span(step, kind, k, start + later, end + later))
                 if kind == "forward":
                     spans.append(Span(step, "tp_all_reduce", k, start + later + 1_000_001, start + later + 1_500_000))
@@ -43,7 +50,7 @@ def of_phase(trace: Trace, phase: str) -> list[dict[str, Any]]:
 def test_a_trace_shows_every_rank_and_every_transfer() -> None:
     ranks = build_ranks()
     ranks[0] = ranks[0]._replace(memory=[(12345, 1000), (5_012_345, 3000), (10**10, 1)])
-    trace = json.loads(json.dumps(chrome_trace(ranks)))
+    trace = json.loads(json.dumps(trace_of(ranks)))
     assert trace_problems(trace) == []
     slices = of_phase(trace, "X")
     assert len(slices) == sum(len(file.spans) for file in ranks)
@@ -51,7 +58,7 @@ def test_a_trace_shows_every_rank_and_every_transfer() -> None:
     assert names[1] == "rank 0 (pp 0, dp 0, tp 0)"
     assert names[4] == "rank 3 (pp 1, dp 0, tp 1)"
     first = min(slices, key=lambda event: float(event["ts"]))
-    assert (first["ts"], first["dur"], first["args"]) == (0, first["dur"], {"step": 0, "micro_batch": 0})
+    assert (first["ts"], first["dur"], first["args"]) == (0, first["dur"], {"step": 0, "micro_batch": 0, "chunk": 0})
     # Activations and gradients of 3 micro-batches, 2 steps, 2 tensor-parallel neighbours.
     begins, ends = of_phase(trace, "s"), of_phase(trace, "f")
     assert len(begins) == len(ends) == 2 * 3 * 2 * 2
@@ -63,30 +70,33 @@ def test_a_trace_shows_every_rank_and_every_transfer() -> None:
 
 def test_chosen_steps() -> None:
     ranks = build_ranks()
-    trace = chrome_trace(ranks, steps=[1])
+    trace = trace_of(ranks, steps=[1])
     assert trace_problems(trace) == []
     assert {event["args"]["step"] for event in of_phase(trace, "X")} == {1}
     assert min(event["ts"] for event in of_phase(trace, "X")) == 0
     with pytest.raises(ValueError, match="no spans of step 7; the trace holds steps 0 to 1"):
-        chrome_trace(ranks, steps=[1, 7])
+        trace_of(ranks, steps=[1, 7])
     with pytest.raises(ValueError, match="no spans of step 1; the trace holds no step"):
-        chrome_trace([], steps=[1])
-    assert chrome_trace([])["traceEvents"] == []
+        trace_of([], steps=[1])
+    assert trace_of([])["traceEvents"] == []
 
 
 def test_ranks_may_be_missing() -> None:
     """A stage that is not there draws no arrows, and none to the wrong stage."""
     ranks = build_ranks(p=4, tp=1)
-    trace = chrome_trace([ranks[0], ranks[1], ranks[3]])
+    trace = trace_of([ranks[0], ranks[1], ranks[3]], p=4, tp=1)
     assert trace_problems(trace) == []
     assert {event["pid"] for event in of_phase(trace, "s")} == {1, 2}
 
 
 def test_overlapping_transfers_and_one_rank() -> None:
-    stages = simulate(build_schedule("interleaved", 2, 4, 2), {"forward": 2, "backward": 2}, blocking=False)
+    schedule = build_schedule("interleaved", 2, 4, 2)
+    stages = simulate(schedule, {"forward": 2, "backward": 2}, blocking=False)
     files = [SpanFile({"rank": s, "pp": s, "dp": 0, "tp": 0}, spans) for s, spans in enumerate(stages)]
-    assert trace_problems(chrome_trace(files)) == []
-    single = chrome_trace(build_ranks(p=1, tp=1))
+    trace = chrome_trace(files, [[0, 1]], schedule.stages)
+    assert trace_problems(trace) == []
+    assert len(of_phase(trace, "s")) == sum(i.kind.startswith("send") for stage in schedule.stages for i in stage)
+    single = trace_of(build_ranks(p=1, tp=1), p=1, tp=1)
     assert trace_problems(single) == []
     assert of_phase(single, "s") == []
 
@@ -129,7 +139,7 @@ def drop(phase: str) -> Callable[[Trace], None]:
     ],
 )
 def test_broken_rules_are_named(change: Callable[[Trace], None], problem: str) -> None:
-    trace = copy.deepcopy(chrome_trace([file._replace(memory=[(12345, 1)]) for file in build_ranks(steps=1)]))
+    trace = copy.deepcopy(trace_of([file._replace(memory=[(12345, 1)]) for file in build_ranks(steps=1)]))
     assert trace_problems(trace) == []
     change(trace)
     assert any(problem in found for found in trace_problems(trace)), trace_problems(trace)

@@ -26,7 +26,7 @@ from harness.record.store import Attempt, read_json, read_jsonl, write_json
 from harness.spans.accounting import PARTS, Accounting, account
 from harness.spans.files import SpanFile, aligned, read_spans
 from harness.spans.perfetto import chrome_trace
-from harness.spans.span import Bubble, as_dict
+from harness.spans.span import Bubble, activity, as_dict, bubble_of_step, median_bubble
 from harness.spec.config import REPOSITORY, RunConfig
 from harness.spec.schedules import Schedule, build_schedule
 from harness.spec.topology import Topology
@@ -59,13 +59,19 @@ class RunSpans:
         """What the ranks executed."""
         return build_schedule(self.config.parallel.schedule, self.config.parallel.pp, self.config.num_micro_batches)
 
+    @property
+    def topology(self) -> Topology:
+        """Which rank is which."""
+        parallel = self.config.parallel
+        return Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
+
     def lines(self) -> list[list[SpanFile]]:
         """The files of ranks that pass micro-batches to each other, by stage, for each replica and tp rank."""
-        p = self.config.parallel
-        topology = Topology(pp=p.pp, dp=p.dp, tp=p.tp)
-        return [
-            [self.files[topology.rank(pp, dp, tp)] for pp in range(p.pp)] for dp in range(p.dp) for tp in range(p.tp)
-        ]
+        return [[self.files[rank] for rank in pipeline] for pipeline in self.topology.pipelines()]
+
+    def bubble(self, step: int) -> Bubble:
+        """The measured bubble of a step."""
+        return bubble_of_step(self.topology.arranged([activity(file.instructions(step)) for file in self.files]))
 
 
 def read_run(attempt: Attempt, config: RunConfig) -> RunSpans:
@@ -88,27 +94,35 @@ def read_run(attempt: Attempt, config: RunConfig) -> RunSpans:
     return RunSpans(config, files, sorted(whole), losses)
 
 
-def breakdown(run: RunSpans) -> dict[str, Any]:
+def breakdown(run: RunSpans, bubbles: Sequence[Bubble] | None = None) -> dict[str, Any]:
     """`accounting` and `bubble` of result.json: means over timed steps, replicas and tensor-parallel ranks.
 
-    Both are None when no timed step was kept.
+    But `measured` in `bubble` is the median over all timed steps, as in the run's row; `explained` is the mean over the
+    steps that were looked into, whose causes add up to it. Both are None when no timed step was kept.
+
+    Args:
+        bubbles: measured, of all timed steps; those of the steps with spans where they are not known otherwise.
     """
     steps = _spread(run.timed_steps, MOST_STEPS)
     accounts: list[list[Accounting]] = [[] for _ in range(run.config.parallel.pp)]
     explanations: list[BubbleExplanation] = []
     schedule = run.schedule
-    order = schedule.order()
     for line in run.lines():
         seconds = [file.step_seconds() for file in line]
         for step in steps:
             stages = [file.instructions(step) for file in line]
             whole = [of_step[step] for of_step in seconds]
-            for stage, accounting in enumerate(account(stages, order, whole, WAITING_KINDS)):
+            for stage, accounting in enumerate(account(stages, schedule.stages, whole, WAITING_KINDS)):
                 accounts[stage].append(accounting)
             explanations.append(explain(stages, schedule))
     return {
         "accounting": [_mean_accounting(stage, of_stage) for stage, of_stage in enumerate(accounts)] if steps else None,
-        "bubble": _mean_explanation(explanations) if steps else None,
+        "bubble": {
+            **_mean_explanation(explanations),
+            "measured": as_dict(median_bubble(bubbles or [run.bubble(step) for step in run.timed_steps])),
+        }
+        if steps
+        else None,
         "lost": run.losses,
     }
 
@@ -142,7 +156,7 @@ def _mean_explanation(explanations: Sequence[BubbleExplanation]) -> dict[str, An
     return {
         "ideal": mean([e.ideal for e in explanations]),
         "simulated": mean([e.simulated for e in explanations]),
-        "measured": mean([e.measured for e in explanations]),
+        "explained": mean([e.measured for e in explanations]),
         "causes_seconds": mean_of_causes([e.causes_seconds for e in explanations]),
         "causes_percent": mean_of_causes([e.causes_percent for e in explanations]),
     }
@@ -169,7 +183,9 @@ def write_pictures(attempt: Attempt) -> list[str]:
     steps = there.intersection(config.tracking.trace_steps)
     losses += [f"step {step} left no spans" for step in sorted(set(config.tracking.trace_steps) - there)]
     if steps:
-        write_json(attempt.path / "trace.json", chrome_trace([file for file in run.files if file.header], steps))
+        there_are = [file for file in run.files if file.header]
+        trace = chrome_trace(there_are, run.topology.pipelines(), run.schedule.stages, steps)
+        write_json(attempt.path / "trace.json", trace)
     return losses
 
 

@@ -100,7 +100,7 @@ def durations(stages: Sequence[Sequence[Span]], schedule: Schedule) -> dict[str,
         if found != expected:
             raise ValueError(f"stage {stage} has {found} forward and backward spans, {schedule.name} has {expected}")
     messages = {kind: np.zeros(shape) for kind in RECEIVE_OF_SEND}
-    for transfer in transfers(stages):
+    for transfer in transfers(stages, schedule.stages):
         place = transfer.sender, transfer.send.micro_batch
         tables[transfer.send.kind][place] += transfer.seconds
         messages[transfer.send.kind][place] += 1

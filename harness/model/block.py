@@ -138,6 +138,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.streams = streams or RandomStreams()
+        self.parts = tp.parts
         build_norm = norm_class(model)
         self.attention_norm = build_norm(model.hidden_size, model.norm_epsilon)
         self.attention = ParallelAttention(model, tp, f"{name}.attention", self.streams)
@@ -150,7 +151,13 @@ class TransformerBlock(nn.Module):
         """[batch, slice, hidden] -> [batch, slice, hidden]."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             body = self.streams.repeatable(self._body)  # no state of torch's generator needs to be kept
-            output: Tensor = checkpoint(body, hidden, use_reentrant=False, preserve_rng_state=False)
+            output: Tensor = checkpoint(
+                body,
+                hidden,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=self.parts.checkpoint_contexts,
+            )
             return output
         return self._body(hidden)
 

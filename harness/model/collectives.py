@@ -4,8 +4,8 @@ f and g are conjugate (arXiv 1909.08053): f copies forward and sums gradients ba
 copies gradients backward. Sequence parallelism (arXiv 2205.05198) moves as much with a slice on each rank:
 f becomes a gather forward and a reduce-scatter backward, g a reduce-scatter forward and a gather backward.
 
-Each function takes a process group, and f, g and `gather_last_dim` do nothing where that is None. All traffic
-goes through `all_reduce`, `all_gather` and `reduce_scatter`, one place to measure it or to replace it.
+Each function takes a group, and f, g and `gather_last_dim` do nothing where that is None. All traffic goes through
+`all_reduce`, `all_gather` and `reduce_scatter`, one place to measure it or to replace it.
 """
 
 from __future__ import annotations
@@ -16,36 +16,42 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+from harness.model.groups import Group
 
 SEQUENCE = -2
 """The dimension that sequence parallelism slices: [batch, sequence, hidden]."""
 
 
-def all_reduce(tensor: Tensor, group: ProcessGroup) -> None:
+def all_reduce(tensor: Tensor, group: Group) -> None:
     """Sum a contiguous tensor over the ranks of `group`, in place."""
-    dist.all_reduce(tensor, group=group)
+    with group.parts.part("tp_all_reduce"):
+        dist.all_reduce(tensor, group=group.process_group)
 
 
-def all_gather(tensor: Tensor, group: ProcessGroup) -> Tensor:
+def all_gather(tensor: Tensor, group: Group) -> Tensor:
     """The tensors of all ranks of `group`, in the order of ranks and all of one shape: [...] -> [ranks, ...]."""
-    gathered = tensor.new_empty((group.size(), *tensor.shape))
-    dist.all_gather_single(gathered.view(-1), tensor.reshape(-1), group=group)
+    gathered = tensor.new_empty((group.size, *tensor.shape))
+    with group.parts.part("tp_all_gather"):
+        dist.all_gather_single(gathered.view(-1), tensor.reshape(-1), group=group.process_group)
     return gathered
 
 
-def reduce_scatter(chunks: Tensor, group: ProcessGroup) -> Tensor:
+def reduce_scatter(chunks: Tensor, group: Group) -> Tensor:
     """The sum over ranks of this rank's chunk: [ranks, ...], contiguous -> [...]."""
-    if dist.get_backend(group) == "gloo":  # makes an all-reduce of a reduce-scatter, in twice the time of this
+    ranks = group.process_group
+    if dist.get_backend(ranks) == "gloo":  # makes an all-reduce of a reduce-scatter, in twice the time of this
         received = torch.empty_like(chunks)
-        dist.all_to_all_single(received, chunks, group=group)
+        with group.parts.part("tp_reduce_scatter"):
+            dist.all_to_all_single(received, chunks, group=ranks)
         return received.sum(dim=0)
     own = torch.empty_like(chunks[0])
-    dist.reduce_scatter_single(own.view(-1), chunks.view(-1), group=group)
+    with group.parts.part("tp_reduce_scatter"):
+        dist.reduce_scatter_single(own.view(-1), chunks.view(-1), group=ranks)
     return own
 
 
-def copy_to_tensor_parallel(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+def copy_to_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
     """Megatron's f: identity forward, all-reduce of the gradient backward.
 
     The gradient is reduced in place, so feed the result to one matrix product and nothing else: its
@@ -54,7 +60,7 @@ def copy_to_tensor_parallel(tensor: Tensor, group: ProcessGroup | None) -> Tenso
     return tensor if group is None else _Copy.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
-def reduce_from_tensor_parallel(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+def reduce_from_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
     """Megatron's g: all-reduce forward, identity backward.
 
     Overwrites `tensor`, which must be the fresh result of a matrix product or a look-up.
@@ -62,7 +68,7 @@ def reduce_from_tensor_parallel(tensor: Tensor, group: ProcessGroup | None) -> T
     return tensor if group is None else _Reduce.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
-def gather_last_dim(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+def gather_last_dim(tensor: Tensor, group: Group | None) -> Tensor:
     """Concatenate the last dimension over ranks: [..., n] -> [..., n x ranks].
 
     Backward, every rank's gradient of the whole is summed and this rank's slice kept.
@@ -70,7 +76,7 @@ def gather_last_dim(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor if group is None else _GatherLastDim.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
-def gathered_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> Tensor:
+def gathered_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
     """f of sequence parallelism and the product it feeds: [..., sequence/ranks, in] -> [..., sequence, out].
 
     Only this rank's slice is kept for backward, which gathers the others again (arXiv 2205.05198, section 4.2.2).
@@ -78,7 +84,7 @@ def gathered_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: 
     return _GatheredLinear.apply(hidden, weight, bias, group)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def scatter_sum(tensor: Tensor, group: ProcessGroup) -> Tensor:
+def scatter_sum(tensor: Tensor, group: Group) -> Tensor:
     """g of sequence parallelism: sum over ranks, then slice, [..., sequence, hidden] -> [..., sequence/ranks, hidden].
 
     Backward, the slices of the gradient are gathered.
@@ -86,20 +92,20 @@ def scatter_sum(tensor: Tensor, group: ProcessGroup) -> Tensor:
     return _ScatterSum.apply(tensor, group)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _gather(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def _gather(tensor: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate dimension `dim` (negative) over ranks."""
     return all_gather(tensor, group).movedim(0, dim - 1).flatten(dim - 1, dim)
 
 
-def _scatter_sum(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def _scatter_sum(tensor: Tensor, dim: int, group: Group) -> Tensor:
     """Sum over ranks, of which each keeps its slice of dimension `dim` (negative)."""
-    chunks = torch.unflatten(tensor, dim, (group.size(), -1)).movedim(dim - 1, 0)
+    chunks = torch.unflatten(tensor, dim, (group.size, -1)).movedim(dim - 1, 0)
     return reduce_scatter(chunks.contiguous(), group)
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return tensor
 
@@ -112,7 +118,7 @@ class _Copy(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.mark_dirty(tensor)
         all_reduce(tensor, group)
         return tensor
@@ -124,7 +130,7 @@ class _Reduce(torch.autograd.Function):
 
 class _GatherLastDim(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _gather(tensor, -1, group)
 
@@ -135,7 +141,7 @@ class _GatherLastDim(torch.autograd.Function):
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.group = group
         return F.linear(_gather(hidden, SEQUENCE, group), weight, bias)
@@ -151,7 +157,7 @@ class _GatheredLinear(torch.autograd.Function):
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _scatter_sum(tensor, SEQUENCE, group)
 

@@ -35,6 +35,7 @@ class EmulatedBlock(TransformerBlock):
         nn.Module.__init__(self)  # nothing of what a block computes with
         self.activation_checkpointing = activation_checkpointing
         self.streams = streams or RandomStreams()
+        self.parts = tp.parts
         self.weight = nn.Parameter(torch.empty(model.hidden_size))
         self._model = model
         self._random = random.Random(name)

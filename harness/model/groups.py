@@ -1,13 +1,67 @@
-"""The process groups of tensor parallelism, as a handle that layers get as an argument."""
+"""The process groups of tensor parallelism, as a handle that layers get as an argument.
+
+With it they get `Parts`, by which whoever measures learns what happens inside a forward or backward pass.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from harness.spec.topology import Topology
+
+
+class PartObserver(Protocol):
+    """Is told what happens inside an instruction, on the rank that does it."""
+
+    def part_began(self, kind: str) -> None:
+        """A collective or a recomputation begins: a kind of `harness.spans.span.NESTED_KINDS`."""
+
+    def part_ended(self, kind: str) -> None:
+        """The one that began last is done."""
+
+
+class Parts:
+    """Tells observers of the parts of an instruction; costs nothing without any."""
+
+    def __init__(self) -> None:
+        self.observers: list[PartObserver] = []
+
+    def part(self, kind: str) -> AbstractContextManager[None]:
+        """Something of a kind happens inside."""
+        return self._told(kind) if self.observers else nullcontext()
+
+    @contextmanager
+    def _told(self, kind: str) -> Iterator[None]:
+        for observer in self.observers:
+            observer.part_began(kind)
+        try:
+            yield
+        finally:  # a recomputation ends by an exception once everything needed is there
+            for observer in self.observers:
+                observer.part_ended(kind)
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What `torch.utils.checkpoint` does the first and the second computation in."""
+        return nullcontext(), self.part("recompute")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate inside a layer."""
+
+    process_group: ProcessGroup
+    parts: Parts = field(default_factory=Parts)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.process_group.size()
 
 
 @dataclass(frozen=True)
@@ -17,15 +71,17 @@ class TensorParallel:
     A group is None where there is nobody to talk to; the collectives then do nothing.
     """
 
-    group: ProcessGroup | None
+    group: Group | None
     """All tensor-parallel ranks."""
     rank: int
     size: int
-    kv_group: ProcessGroup | None
+    kv_group: Group | None
     """Neighbours that own fractions of one key-value head, when there are fewer heads than ranks."""
     kv_size: int
     sequence_parallel: bool = False
     """Between attention and feed-forward layers each rank holds 1/size of the sequence (arXiv 2205.05198)."""
+    parts: Parts = field(default_factory=Parts, compare=False)
+    """What all layers tell of what they do inside a pass."""
 
     @classmethod
     def single(cls) -> TensorParallel:
@@ -47,7 +103,7 @@ def build_tensor_parallel(
     topology: Topology,
     rank: int,
     num_key_value_heads: int,
-    group: ProcessGroup | None = None,
+    group: Group | None = None,
     sequence_parallel: bool = False,
 ) -> TensorParallel:
     """The groups of `rank`; every rank of the topology calls this at the same time.
@@ -60,14 +116,14 @@ def build_tensor_parallel(
     if size == 1:
         return TensorParallel.single()
     if group is None:
-        group = create_groups(topology.groups("tp"), rank)
+        group = Group(create_groups(topology.groups("tp"), rank))
     kv_size = max(1, size // num_key_value_heads)
     kv_group = None
     if kv_size == size:
         kv_group = group
     elif kv_size > 1:
-        kv_group = create_groups(topology.tp_subgroups(kv_size), rank)
-    return TensorParallel(group, topology.coordinate(rank).tp, size, kv_group, kv_size, sequence_parallel)
+        kv_group = Group(create_groups(topology.tp_subgroups(kv_size), rank), group.parts)
+    return TensorParallel(group, topology.coordinate(rank).tp, size, kv_group, kv_size, sequence_parallel, group.parts)
 
 
 def create_groups(members: list[list[int]], rank: int) -> ProcessGroup:

@@ -86,7 +86,7 @@ class _Simulation:
     def run_blocking(self, stage: int, instructions: list[Instruction]) -> Iterator[None]:
         """One stage; whoever comes to a transfer second says when it ends."""
         clock, cost, spans = 0, self.costs[stage], self.spans[stage]
-        for kind, micro_batch, _, peer in instructions:
+        for kind, micro_batch, chunk, peer in instructions:
             start = clock
             if peer < 0:
                 clock += cost[kind][micro_batch]
@@ -101,13 +101,13 @@ class _Simulation:
                     self.waiting[stage] = _Wait(kind, micro_batch, peer, clock)
                     yield
                     clock = self._ends_ns[stage]
-            spans.append(Span(self.step, kind, micro_batch, start, clock))
+            spans.append(Span(self.step, kind, micro_batch, start, clock, chunk))
 
     def run_overlapping(self, stage: int, instructions: list[Instruction]) -> Iterator[None]:
         """One stage; what it sends is under way as soon as it is computed."""
         clock = computed = 0
         cost, spans = self.costs[stage], self.spans[stage]
-        for kind, micro_batch, _, peer in instructions:
+        for kind, micro_batch, chunk, peer in instructions:
             start = clock
             if peer < 0:
                 clock += cost[kind][micro_batch]
@@ -117,7 +117,7 @@ class _Simulation:
                 self._arrivals[stage, peer, kind].append((micro_batch, computed + cost[kind][micro_batch]))
                 if self.waiting.pop(peer, None):
                     self.runnable.append(peer)
-                spans.append(Span(self.step, kind, micro_batch, computed, computed))
+                spans.append(Span(self.step, kind, micro_batch, computed, computed, chunk))
                 continue
             else:
                 messages = self._arrivals[peer, stage, OTHER_END[kind]]
@@ -125,7 +125,7 @@ class _Simulation:
                     self.waiting[stage] = _Wait(kind, micro_batch, peer, clock)
                     yield
                 clock = max(clock, messages.popleft()[1])
-            spans.append(Span(self.step, kind, micro_batch, start, clock))
+            spans.append(Span(self.step, kind, micro_batch, start, clock, chunk))
 
 
 def _nanoseconds(schedule: Schedule, seconds: Mapping[str, Seconds]) -> list[dict[str, list[int]]]:

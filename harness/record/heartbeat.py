@@ -21,7 +21,7 @@ from harness.record.store import is_alive, this_process
 FOLDER = "heartbeat"
 """Inside an attempt."""
 MARK = struct.Struct("<qqqq64s")
-"""Monotonic nanoseconds, step (from 1; 0: not an instruction), micro-batch (from 0), place in STANDS, what is done."""
+"""Monotonic nanoseconds, step (from 1; 0: not an instruction), micro-batch (from 0; or -1), place in STANDS, what."""
 MOMENT = struct.Struct("<q")
 """The beginning of a MARK."""
 STANDS = ("in", "after", "enqueuing", "after enqueuing")
@@ -47,7 +47,7 @@ class Heartbeat:
     step: int
     """Counted from 1; 0 outside of instructions."""
     micro_batch: int
-    """Counted from 0."""
+    """Counted from 0; -1 for an instruction that belongs to none."""
     stands: str
     """One of STANDS."""
     what: str
@@ -57,7 +57,8 @@ class Heartbeat:
 
     def __str__(self) -> str:
         where = f"{self.stands} {self.what}"
-        return f"{where} of micro-batch {self.micro_batch}, step {self.step}" if self.step else where
+        of = f" of micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
+        return f"{where}{of}, step {self.step}" if self.step else where
 
     def is_gone(self) -> bool:
         """Whether its process ended before its work did; on another host nobody knows, and it counts as running."""

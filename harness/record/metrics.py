@@ -17,9 +17,10 @@ import numpy
 from harness.machine import Machine
 from harness.record.spread import detect_warmup, drift
 from harness.record.store import Attempt, Point, is_stale, read_json, read_jsonl, read_measured
-from harness.spans.span import Bubble, ideal_bubble_fraction, ideal_bubble_overhead
+from harness.spans.span import Bubble
 from harness.spec.config import RunConfig
 from harness.spec.counts import flops_conventions, parameters, training_flops_per_token
+from harness.spec.schedules import ideal_bubble_fraction, ideal_bubble_overhead
 
 COLUMNS = tuple(
     """point status reason tp pp dp world_size schedule micro_batch_size num_micro_batches global_batch_size
@@ -114,8 +115,8 @@ def layout_columns(config: RunConfig) -> dict[str, Any]:
         "precision": train.precision,
         "zero_stage": parallel.zero_stage,
         "activation_checkpointing": train.activation_checkpointing,
-        "bubble_fraction_ideal": ideal_bubble_fraction(parallel.pp, m),
-        "bubble_overhead_ideal": ideal_bubble_overhead(parallel.pp, m),
+        "bubble_fraction_ideal": ideal_bubble_fraction(parallel.schedule, parallel.pp, m),
+        "bubble_overhead_ideal": ideal_bubble_overhead(parallel.schedule, parallel.pp, m),
         "model": config.model.name,
         "num_parameters": parameters(config.model),
         "partition": str(parallel.partition),

@@ -59,11 +59,8 @@ from harness.errors import ConfigError
 from harness.model.groups import TensorParallel
 from harness.model.weights import ParameterSpec, parameter_table
 from harness.record.store import write_json
-from harness.run.engines.deepspeed.build import Training
+from harness.run.engines.engine import Engine, Progress
 from harness.spec.config import RunConfig, Train
-
-LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""State of DeepSpeed's loss scalers, of which a static one has only the first."""
 
 
 def state_kinds(train: Train) -> tuple[str, ...]:
@@ -158,44 +155,14 @@ def boxes_of(spec: ParameterSpec, tp: TensorParallel, start: int, memory: Tensor
                 yield Box(part.name, part.shape, offsets[:dims], data.view(sizes[:dims]))
 
 
-class Held(NamedTuple):
-    """What of a parameter this rank's optimizer holds."""
-
-    master: Tensor
-    """One of its parameters, the key to its state."""
-    first: int
-    """Of the held range in the flattened master."""
-    start: int
-    """Of the held range in this rank's flattened slice of the parameter."""
-    length: int
-
-
-def held_state(training: Training, tied_copies: bool) -> Iterator[tuple[str, Held]]:
-    """By global name, for each kind of DeepSpeed optimizer; under ZeRO a rank may hold nothing of a parameter.
-
-    Args:
-        tied_copies: include weights whose original is on another stage.
-    """
-    groups = training.engine.basic_optimizer.param_groups
-    for name, parameter in training.module.global_parameters():
-        if getattr(parameter, "ds_pipe_replicated", False) and not tied_copies:
-            continue
-        if not hasattr(parameter, "_hp_mapping"):
-            yield name, Held(parameter, 0, 0, parameter.numel())
-        elif (mapping := parameter._hp_mapping) is not None:  # flat copies, split over replicas
-            (flat,) = groups[mapping.param_group_index]["params"]
-            held, own = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield name, Held(flat, own.start, held.start, held.numel)
-
-
-def state_boxes(training: Training, config: RunConfig, tied_copies: bool) -> Iterator[Box]:
-    """All that this rank's optimizer holds, `tied_copies` as in `held_state`."""
-    table, state = parameter_table(config.model), training.engine.basic_optimizer.state
-    for name, held in held_state(training, tied_copies):
+def state_boxes(engine: Engine, config: RunConfig, tied_copies: bool) -> Iterator[Box]:
+    """All that this rank's optimizer holds, `tied_copies` as in `Engine.held`."""
+    table, state = parameter_table(config.model), engine.optimizer.state
+    for name, held in engine.held(tied_copies):
         tensors = {"weight": held.master.detach(), **state[held.master]}
         for kind in state_kinds(config.train):
             memory = tensors[kind].view(-1)[held.first : held.first + held.length]
-            for box in boxes_of(table[name], training.tp, held.start, memory):
+            for box in boxes_of(table[name], engine.tp, held.start, memory):
                 yield replace(box, name=f"{kind}/{box.name}")
 
 
@@ -206,7 +173,7 @@ def tensor_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
 
 
 def save_checkpoint(
-    folder: Path, training: Training, config: RunConfig, step: int, group: dist.ProcessGroup | None
+    folder: Path, engine: Engine, config: RunConfig, step: int, group: dist.ProcessGroup | None
 ) -> None:
     """Write the checkpoint of a step into `folder` and drop the oldest; a collective call of all ranks.
 
@@ -223,13 +190,13 @@ def save_checkpoint(
         for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover)
     dist.barrier(group)
-    open_state(training.engine.basic_optimizer)
-    planner = BoxSavePlanner(state_boxes(training, config, tied_copies=False))
+    open_state(engine.optimizer)
+    planner = BoxSavePlanner(state_boxes(engine, config, tied_copies=False))
     try:
         save({}, storage_writer=Writer(unfinished), planner=planner, process_group=group)
         files = _own_files(unfinished, group)
         if first:
-            write_json(unfinished / META, _meta(training, config, step, files).model_dump())
+            write_json(unfinished / META, _meta(engine.progress()._replace(step=step), config, files).model_dump())
             _sync(unfinished)
             unfinished.rename(target)
             _sync(folder)
@@ -255,18 +222,9 @@ def _own_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, Fi
     return {name: record for records in gathered or () for name, record in sorted(records.items())}
 
 
-def _meta(training: Training, config: RunConfig, step: int, files: dict[str, FileRecord]) -> Meta:
-    engine = training.engine
-    scaler = engine.optimizer.loss_scaler if config.train.precision == "fp16" else None
-    return Meta(
-        format=FORMAT,
-        step=step,
-        optimizer_step=next((int(state["step"]) for state in engine.basic_optimizer.state.values() if state), 0),
-        scheduler_step=engine.lr_scheduler.last_epoch,
-        loss_scale={key: getattr(scaler, key) for key in LOSS_SCALE_KEYS if hasattr(scaler, key)},
-        files=files,
-        config=SavedConfig(**config.model_dump(mode="json")),
-    )
+def _meta(progress: Progress, config: RunConfig, files: dict[str, FileRecord]) -> Meta:
+    saved = SavedConfig(**config.model_dump(mode="json"))
+    return Meta(format=FORMAT, files=files, config=saved, **progress._asdict())
 
 
 def _sync(directory: Path) -> None:
@@ -289,7 +247,7 @@ def _cause(failure: BaseException) -> BaseException:
     return next(iter(failure.failures.values()))[0] if isinstance(failure, CheckpointException) else failure
 
 
-def load_checkpoint(checkpoint: Path, training: Training, config: RunConfig, group: dist.ProcessGroup | None) -> int:
+def load_checkpoint(checkpoint: Path, engine: Engine, config: RunConfig, group: dist.ProcessGroup | None) -> int:
     """Restore the training of a checkpoint in this layout, and return its step; a collective call of all ranks.
 
     Args:
@@ -298,25 +256,16 @@ def load_checkpoint(checkpoint: Path, training: Training, config: RunConfig, gro
     Raises:
         ConfigError: the checkpoint is damaged or of another model.
     """
-    meta, engine = read_meta(checkpoint), training.engine
+    meta = read_meta(checkpoint)
     reader = FileSystemReader(checkpoint)
     check_tensors(checkpoint, reader.read_metadata(), tensor_shapes(config))
-    open_state(engine.basic_optimizer)
-    planner = BoxLoadPlanner(state_boxes(training, config, tied_copies=True))
+    open_state(engine.optimizer)
+    planner = BoxLoadPlanner(state_boxes(engine, config, tied_copies=True))
     try:
         load({}, storage_reader=reader, planner=planner, process_group=group)
     except CheckpointException as failure:
         raise ConfigError(f"train.resume={str(checkpoint)!r} can't be read: {_cause(failure)}") from failure
-    if hasattr(engine.optimizer, "update_lp_params"):
-        engine.optimizer.update_lp_params()
-    engine.lr_scheduler.last_epoch = meta.scheduler_step - 1
-    engine.lr_scheduler.step()  # sets the learning rate
-    for state in filter(None, engine.basic_optimizer.state.values()):
-        state["step"].fill_(meta.optimizer_step)
-    if config.train.precision == "fp16":
-        for key, value in meta.loss_scale.items():
-            setattr(engine.optimizer.loss_scaler, key, value)
-    engine.global_steps = meta.step  # dropout draws by it
+    engine.restore(Progress(meta.step, meta.optimizer_step, meta.scheduler_step, meta.loss_scale))
     return meta.step
 
 

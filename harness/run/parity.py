@@ -24,27 +24,24 @@ Where the gradients of samples cancel, it is the root of the sum of their square
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from deepspeed.runtime.pipe.schedule import OptimizerStep
 from torch import Tensor
 
-from harness.model.dropout import RandomStreams, stream_seed
-from harness.model.families import build_layers
-from harness.model.groups import TensorParallel
-from harness.model.weights import load_full, parameter_table, unshard
+from harness.model.dropout import stream_seed
+from harness.model.loss import IGNORE_INDEX
+from harness.model.weights import parameter_table, unshard
 from harness.record.heartbeat import Phase, no_phase
-from harness.run.data import IGNORE_INDEX, MicroBatch, micro_batches
-from harness.run.engines.deepspeed.build import before, build_training
-from harness.run.engines.deepspeed.settings import clips_by_itself
+from harness.run.data import MicroBatch, micro_batches
+from harness.run.engines.engine import Before, Engine, build_engine
+from harness.run.engines.torch.engine import TorchEngine
 from harness.spec.config import Model, RunConfig
 
 MOST_REPETITIONS = 64
@@ -93,7 +90,7 @@ class Variant:
     learning_rates: tuple[float, ...]
     """Of each step, worked out by hand from `train`."""
     compared: tuple[str, ...]
-    """What is compared after the last step, in the words of `Reference.state`."""
+    """What is compared after the last step, in the words of `state_of`."""
 
 
 # AdamW divides a gradient by about its own size, which makes noise of roundings in small ones. With an epsilon far
@@ -145,151 +142,71 @@ def random_weights(model: Model, seed: int) -> Tensors:
     return weights
 
 
-DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
-"""How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
-
-
-class Reference:
-    """One rank of plain torch in float64."""
+class Reference(TorchEngine):
+    """One rank of plain torch in float64, which also sees how much the gradients of samples cancel."""
 
     def __init__(self, config: RunConfig, weights: Tensors, learning_rates: Sequence[float]) -> None:
-        self.config = config
-        self.learning_rates = learning_rates
         # Rounded as the layout's are, then exact.
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
-        single = TensorParallel.single()
-        self.streams = RandomStreams(config.train.seed)
-        self.model = build_layers(config.model, single, streams=self.streams).double()
-        load_full(
-            self.model.named_parameters(),
-            parameter_table(config.model),
-            lambda name: weights[name].to(dtype).double(),
-            single,
-        )
-        self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.optimizer = self._build_optimizer()
+        own = {name: weight.to(dtype).double() for name, weight in weights.items()}
+        without = {"activation_checkpointing": "none"}
+        config = config.model_copy(update={"train": config.train.model_copy(update=without)})
+        super().__init__(config, learning_rates.__getitem__, own.__getitem__, dtype=torch.float64)
+        self.initial = self.optimizer_state("weight")
         self.cancelling = dict.fromkeys(self.initial, 1.0)
         """How much larger each gradient would be, did those of the samples not cancel; the most of any step."""
+        self._squares = dict.fromkeys(self.initial, 0.0)
+        self.before_clipping: Tensors = {}
+        self.observers.append(Before("optimizer", self._look_at_gradients))
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        train, named = self.config.train, dict(self.model.named_parameters())
-        if train.optimizer == "sgd":
-            return torch.optim.SGD(named.values())
-        groups = [
-            {"params": [p for n, p in named.items() if n.endswith(DECAYING)], "weight_decay": train.weight_decay},
-            {"params": [p for n, p in named.items() if not n.endswith(DECAYING)], "weight_decay": 0.0},
-        ]
-        first, second = train.adam_betas
-        return torch.optim.AdamW(groups, betas=(first, second), eps=train.adam_epsilon, foreach=False)
+    def backward(self, losses: Tensor) -> None:
+        """Sample by sample."""
+        named = dict(self.parameters())
+        for loss in losses:
+            for (name, parameter), gradient in zip(
+                named.items(), torch.autograd.grad(loss, tuple(named.values()), retain_graph=True), strict=True
+            ):
+                assert parameter.grad is not None
+                parameter.grad += gradient
+                self._squares[name] += float(gradient.square().sum())
 
-    def step(self, step: int, draws_as: int) -> tuple[float, Tensors, float]:
-        """One optimizer step: loss, gradients and their norm, both before clipping.
-
-        Args:
-            draws_as: the step by which dropout draws.
-        """
-        samples, train = MaskedSamples(self.config), self.config.train
-        valid, loss = samples.num_valid_tokens(step), 0.0
-        named = dict(self.model.named_parameters())
-        gradients, squares = {name: torch.zeros_like(p) for name, p in named.items()}, dict.fromkeys(named, 0.0)
-        # Samples are dealt out in micro-batches, in turns to the replicas; only dropout cares which is where.
-        for index, first in enumerate(range(0, train.global_batch_size, train.micro_batch_size)):
-            micro_batch, self.streams.dp_rank = divmod(index, self.config.parallel.dp)
-            self.streams.forward_pass = (draws_as, micro_batch)
-            numbers = range(first, first + train.micro_batch_size)
-            tokens = torch.from_numpy(np.stack([samples.sample(step, number) for number in numbers]))
-            logits = self.model(tokens[:, :-1].clamp(min=0))[..., : self.config.model.vocab_size]
-            losses = F.cross_entropy(
-                logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-            )
-            for part in losses.view(train.micro_batch_size, -1).sum(dim=1) / valid:
-                of_sample = torch.autograd.grad(part, tuple(named.values()), retain_graph=True)
-                for name, gradient in zip(named, of_sample, strict=True):
-                    gradients[name] += gradient
-                    squares[name] += float(gradient.square().sum())
-                loss += part.item()
-        for name, parameter in named.items():
-            parameter.grad = gradients[name].clone()  # clipping changes it
+    def _look_at_gradients(self) -> None:
+        self.before_clipping = self.gradients()
+        for name, gradient in self.before_clipping.items():
             # fp32 keeps well within its tolerance without this.
-            if train.precision != "fp32" and (own := float(gradients[name].norm())) > 0:
-                self.cancelling[name] = max(self.cancelling[name], squares[name] ** 0.5 / own)
-        norm = torch.nn.utils.get_total_norm(gradients.values())
-        if train.gradient_clipping > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clipping)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rates[step]
-        self.optimizer.step()
-        return loss, gradients, float(norm)
-
-    def state(self, key: str) -> Tensors:
-        """Optimizer state of every parameter, or `update`, how far its weights have come."""
-        if key == "update":
-            return {name: p.detach() - self.initial[name] for name, p in self.model.named_parameters()}
-        return {name: self.optimizer.state[p][key] for name, p in self.model.named_parameters()}
+            if self.config.train.precision != "fp32" and (own := float(gradient.norm())) > 0:
+                self.cancelling[name] = max(self.cancelling[name], self._squares[name] ** 0.5 / own)
+            self._squares[name] = 0.0
 
 
 class Layout:
-    """The engine under test, with the same interface as `Reference`; a step is a collective call."""
+    """The engine under test; a step is a collective call."""
 
     def __init__(self, config: RunConfig, weights: Tensors, rank: int) -> None:
         self.config, self.rank = config, rank
-        self._plain = not clips_by_itself(config)  # torch's optimizer works on the parameters themselves
-        self.training = build_training(config, rank, weights.__getitem__)
+        self.engine = build_engine(config, rank, weights.__getitem__)
         self.gradients: Tensors = {}
-        self.initial = self._weights()
-        self._read_gradients_before_optimizer()
+        self.initial = self.engine.optimizer_state("weight")
+        self.engine.observers.append(Before("optimizer", self._read_gradients))
         self._data = self._samples_from(0)
 
     def _samples_from(self, step: int) -> Iterator[MicroBatch]:
-        dp_rank = self.training.topology.coordinate(self.rank).dp
+        dp_rank = self.engine.topology.coordinate(self.rank).dp
         return micro_batches(self.config, MaskedSamples(self.config), dp_rank, step)
 
-    def _read_gradients_before_optimizer(self) -> None:
-        def read() -> None:
-            self.gradients = self._full_gradients()
+    def _read_gradients(self) -> None:
+        self.gradients = self.engine.gradients()
 
-        before(self.training.engine, OptimizerStep, read)
-
-    def _full_gradients(self) -> Tensors:
-        """This rank's slices, whole over data-parallel ranks, without the loss scale of fp16."""
-        gradients = {}
-        scale = getattr(self.training.engine.optimizer, "loss_scale", 1.0)
-        for name, parameter in self.training.module.global_parameters():
-            gradient = parameter.grad if self._plain else deepspeed.utils.safe_get_full_grad(parameter)
-            gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.detach().float() / scale
-        return gradients
-
-    def step(self, step: int) -> tuple[float, Tensors, float]:
-        """One optimizer step: loss, this rank's gradients and the global norm, both before clipping."""
-        engine, loss = self.training.engine, float("nan")
+    def step(self, step: int) -> float:
+        """One optimizer step, whose gradients are kept; its loss."""
+        loss = float("nan")
         for _ in range(MOST_REPETITIONS):
-            skipped = engine.skipped_steps
-            loss = float(engine.train_batch(data_iter=self._data))
-            if engine.skipped_steps == skipped:
+            skipped = self.engine.steps_skipped
+            loss = self.engine.train_step(self._data)
+            if self.engine.steps_skipped == skipped:
                 break
             self._data = self._samples_from(step)
-        norm = self.training.global_gradient_norm()
-        return loss, self.gradients, float("nan") if norm is None else norm
-
-    def state(self, key: str) -> Tensors:
-        """This rank's slices of the optimizer state, or of `update`, how far the weights have come."""
-        if key == "update":
-            return {name: weight - self.initial[name] for name, weight in self._weights().items()}
-        optimizer = self.training.engine.optimizer
-        if not self._plain:  # DeepSpeed links the state of the first parameter group only
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-        return {
-            name: optimizer.state[p][key] if self._plain else deepspeed.utils.safe_get_full_optimizer_state(p, key)
-            for name, p in self.training.module.global_parameters()
-        }
-
-    def _weights(self) -> Tensors:
-        """This rank's slices, in the optimizer's precision."""
-        return {
-            name: (p.detach() if self._plain else deepspeed.utils.safe_get_full_fp32_param(p)).clone()
-            for name, p in self.training.module.global_parameters()
-        }
+        return loss
 
     def gather(self, local: Tensors) -> Tensors | None:
         """Full tensors on rank 0, `name @ stage s, replica d` for each copy; a collective call.
@@ -301,7 +218,7 @@ class Layout:
         dist.gather_object(mine, ranks, dst=0)
         if ranks is None:
             return None
-        table, topology, full = parameter_table(self.config.model), self.training.topology, {}
+        table, topology, full = parameter_table(self.config.model), self.engine.topology, {}
         for group in topology.groups("tp"):
             at = topology.coordinate(group[0])
             for name in ranks[group[0]]:
@@ -311,6 +228,13 @@ class Layout:
                     whole = torch.full_like(whole, torch.nan)
                 full[f"{name} @ stage {at.pp}, replica {at.dp}"] = whole
         return full
+
+
+def state_of(engine: Engine, initial: Tensors, key: str) -> Tensors:
+    """Optimizer state of every parameter, or `update`, how far its weights have come."""
+    if key == "update":
+        return {name: weight - initial[name] for name, weight in engine.optimizer_state("weight").items()}
+    return engine.optimizer_state(key)
 
 
 def compare(
@@ -377,32 +301,43 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
     reference = Reference(config, weights, variant.learning_rates) if rank == 0 else None
     tolerance, of_numbers = TOLERANCE[config.train.precision], NUMBER_TOLERANCE[config.train.precision]
     results = []
+    global_batches = batches_of_one_rank(config)
     for step in range(num_steps):
         phase(f"step {step + 1} of {label}")
-        loss, local_gradients, norm = layout.step(step)
-        gradients = layout.gather(local_gradients)
-        if reference is not None and gradients is not None:
-            expected_loss, expected_gradients, expected_norm = reference.step(
-                step, draws_as=layout.training.engine.global_steps - 1
-            )
-            if step == 0:
-                results.append(compare_number(f"{label}: loss", loss, expected_loss, of_numbers))
-                found = compare(
-                    f"{label}: gradient", gradients, expected_gradients, tolerance, cancelling=reference.cancelling
-                )
-                results.append(found)
-                results.append(compare_number(f"{label}: gradient norm", norm, expected_norm, of_numbers))
+        loss, norm = layout.step(step), layout.engine.gradient_norm()
+        gradients = layout.gather(layout.gradients)
+        if reference is None or gradients is None:
+            continue
+        reference.steps_taken = layout.engine.steps_taken - 1  # dropout draws by it
+        expected_loss = reference.train_step(global_batches)
+        if step == 0:
+            results.append(compare_number(f"{label}: loss", loss, expected_loss, of_numbers))
+            expected = reference.before_clipping
+            kind = f"{label}: gradient"
+            results.append(compare(kind, gradients, expected, tolerance, cancelling=reference.cancelling))
+            found, wanted = (float("nan") if n is None else n for n in (norm, reference.gradient_norm()))
+            results.append(compare_number(f"{label}: gradient norm", found, wanted, of_numbers))
     for state in variant.compared:
         phase(f"comparing {state} of {label}")
-        measured = layout.gather(layout.state(state))
+        measured = layout.gather(state_of(layout.engine, layout.initial, state))
         if reference is not None and measured is not None:
             rounding = num_steps * ROUNDING if state == "update" else 0.0
-            expected = reference.state(state)
+            expected = state_of(reference, reference.initial, state)
             allowance = {name: rounding * float(w.norm()) for name, w in reference.initial.items()}
             kind = f"{label}: {state} after {num_steps} steps"
             results.append(compare(kind, measured, expected, tolerance, allowance, reference.cancelling))
-    layout.training.destroy()
+    layout.engine.destroy()
     return results
+
+
+def batches_of_one_rank(config: RunConfig) -> Iterator[MicroBatch]:
+    """The samples of every global batch in their order, not by `harness.run.data` that deals them out to layouts."""
+    samples, train = MaskedSamples(config), config.train
+    for step in itertools.count():
+        for first in range(0, train.global_batch_size, train.micro_batch_size):
+            numbers = range(first, first + train.micro_batch_size)
+            tokens = torch.from_numpy(np.stack([samples.sample(step, number) for number in numbers]))
+            yield tokens[:, :-1].clamp(min=0), (tokens[:, 1:], torch.tensor(torch.nan))
 
 
 def worst_error(comparisons: Iterable[Comparison]) -> float:

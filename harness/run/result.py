@@ -118,12 +118,13 @@ def build_result(
     extras: Extras,
 ) -> dict[str, Any]:
     """Content of result.json, as rank 0 knows it."""
-    blocks = loop.training.blocks_per_stage
+    blocks = loop.engine.blocks_per_stage
     peak = extras.part("the datasheet peak", lambda: peak_flops_per_second(config, machine))
     if unused := extras.part("the peak that was given", lambda: unused_peak(config, machine)):
         extras.missing.append(unused)
     row = build_row(config, machine, loop.records, gemm, peak)
-    explained = extras.part("the breakdown of the steps", lambda: breakdown(read_run(attempt, config))) or {}
+    bubbles = [record.bubble for record in loop.records[config.train.warmup_steps :]]
+    explained = extras.part("the breakdown of the steps", lambda: breakdown(read_run(attempt, config), bubbles)) or {}
     if bubble := explained.get("bubble"):
         row["bubble_fraction_simulated"] = bubble["simulated"]["fraction"]
     rate = row["tokens_per_second_per_device"]
@@ -141,7 +142,7 @@ def build_result(
         ),
         "peak_memory_bytes": loop.peak_bytes,
         "data": {"source": corpus.description, "num_tokens": corpus.num_tokens, "sha256": corpus.fingerprint},
-        "optimizer": type(loop.training.engine.optimizer).__name__,
+        "optimizer": loop.engine.optimizer_name,
         **dict.fromkeys(("accounting", "bubble", "lost")),
         **explained,
         "missing": extras.missing,

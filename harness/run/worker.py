@@ -7,10 +7,8 @@ Started by the harness as `deepspeed ... --module harness.run.worker ATTEMPT_DIR
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import io
-import logging
 import os
 import signal
 import subprocess
@@ -18,15 +16,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import ConfigError
-from harness.machine import detect_machine, peak_resident_bytes
 from harness.record.diagnose import Outcome, Remains, count_oom_kills, exit_status, judge, read_remains, record
 from harness.record.heartbeat import DONE, Heart
 from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
+from harness.run.instruments.memory import peak_memory_bytes
 from harness.secrets import hide, variables
 
 TASKS = {task: f"harness.run.tasks.{task}" for task in ("train", "verify", "comm_bench")}
@@ -45,6 +43,8 @@ def main(argv: list[str]) -> None:
         heart = Heart(attempt.path, rank)
         heart.beat_with_imports()
         heart.phase("joining the other ranks")
+        from harness.run.engines.deepspeed.join import initialize_distributed  # torch and deepspeed take seconds
+
         initialize_distributed()
         _run(attempt, task, rank)
     except BaseException as error:
@@ -77,6 +77,8 @@ def _run(attempt: Attempt, task: str, rank: int) -> None:
     heart.phase(f"importing {TASKS[task]}")
     run = getattr(importlib.import_module(TASKS[task]), task)
     config = attempt.config()
+    from harness.run.engines.deepspeed.join import keep_secrets
+
     keep_secrets(variables(config.deepspeed))
     run(attempt, config, rank)
     heart.phase(DONE)
@@ -122,6 +124,8 @@ class _UnwatchedRank:
         if self._attempt is not None:
             Heart(self._attempt.path, self._rank).phase("joining the other ranks")
         import torch.distributed as dist
+
+        from harness.run.engines.deepspeed.join import initialize_distributed
 
         initialize_distributed()
         shared = [str(self._attempt.path) if self._attempt is not None else ""]
@@ -184,28 +188,6 @@ def _call_when_told_to_stop(act: Callable[[BaseException], object]) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def initialize_distributed() -> None:
-    """Join the other ranks, over NCCL on GPUs and gloo on CPU."""
-    kind = detect_machine().device_kind
-    if kind == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    else:
-        import torch
-
-        # The launcher shows every rank all GPUs, and DeepSpeed picks the rank's own as late as in its engine. NCCL
-        # takes tensors of that one only.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    import deepspeed
-
-    # DeepSpeed would compile its shared-memory collectives here, half a minute at the first start. They reduce
-    # over all ranks whatever group is named, so nothing in the harness calls them.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if kind == "cuda" else "gloo"
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    gc.freeze()  # DeepSpeed collects garbage while it builds an engine: each time 0.3 s over all that was imported
-
-
 def _report(attempt: Attempt, rank: int, error: BaseException) -> None:
     """Leave what ended this rank in errors/, for whoever judges the run."""
     secrets = variables(attempt.raw_config())
@@ -218,25 +200,6 @@ def _report(attempt: Attempt, rank: int, error: BaseException) -> None:
         print(hide("".join(traceback.format_exception(error)), secrets), file=sys.stderr)
 
 
-def keep_secrets(names: Collection[str]) -> None:
-    """Keep DeepSpeed, which may print its configuration, from printing the values of environment variables."""
-
-    def hide_them(record: logging.LogRecord) -> bool:
-        record.msg, record.args = hide(record.getMessage(), names), ()
-        return True
-
-    if names:
-        logging.getLogger("DeepSpeed").addFilter(hide_them)
-
-
-def _peak_memory_bytes() -> int:
-    """Largest memory so far, as far as this rank has got."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    return peak_resident_bytes()
-
-
 def describe_error(rank: int, error: BaseException) -> dict[str, Any]:
     """What a rank leaves behind when it fails."""
     text = str(error)
@@ -245,7 +208,7 @@ def describe_error(rank: int, error: BaseException) -> dict[str, Any]:
         "type": type(error).__name__,
         "message": text,
         "oom": isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__} {text}") is not None,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
         "time": time.time(),
         "traceback": "".join(traceback.format_exception(error)),
     }

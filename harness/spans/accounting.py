@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from harness.spans.span import BACKWARD_KINDS, NESTED_KINDS, RECEIVE_OF_SEND, Span, transfers
+from harness.spans.span import BACKWARD_KINDS, NESTED_KINDS, RECEIVE_OF_SEND, Orders, Span, transfers
 
 PART_OF_KIND = {
     "forward": "forward",
@@ -50,7 +50,7 @@ class Accounting:
 
 def account(
     stages: Sequence[Sequence[Span]],
-    orders: Sequence[Sequence[tuple[str, int]]],
+    orders: Orders,
     step_seconds: Sequence[float],
     waiting_kinds: Collection[str] = ("reduce_tied_gradients",),
 ) -> list[Accounting]:
@@ -64,14 +64,14 @@ def account(
 
     Args:
         stages: spans of one rank per stage in order of execution, all of one step, on one clock.
-        orders: kind and micro-batch of every stage's instructions in the schedule's order.
+        orders: what every stage does.
         step_seconds: of every stage, by another clock.
         waiting_kinds: instructions that no stage finishes before every stage that takes part has begun.
 
     Raises:
         ValueError: a span that is not in the schedule.
     """
-    waits = _waits_ns(stages, waiting_kinds)
+    waits = _waits_ns(stages, orders, waiting_kinds)
     result = []
     for stage, (spans, order, whole) in enumerate(zip(stages, orders, step_seconds, strict=True)):
         instructions = [span for span in spans if span.kind not in NESTED_KINDS]
@@ -85,7 +85,9 @@ def account(
     return result
 
 
-def _waits_ns(stages: Sequence[Sequence[Span]], waiting_kinds: Collection[str]) -> dict[tuple[int, Span], int]:
+def _waits_ns(
+    stages: Sequence[Sequence[Span]], orders: Orders, waiting_kinds: Collection[str]
+) -> dict[tuple[int, Span], int]:
     """How long a stage's span waited for another stage."""
 
     def wait(span: Span, other_start_ns: int) -> int:
@@ -93,7 +95,7 @@ def _waits_ns(stages: Sequence[Sequence[Span]], waiting_kinds: Collection[str]) 
         return max(0, other_start_ns - span.start_ns) if other_start_ns <= span.end_ns else 0
 
     waits = {}
-    for sender, receiver, send, receive in transfers(stages):
+    for sender, receiver, send, receive in transfers(stages, orders):
         waits[sender, send] = wait(send, receive.start_ns)
         waits[receiver, receive] = wait(receive, send.start_ns)
     common = [(stage, span) for stage, spans in enumerate(stages) for span in spans if span.kind in waiting_kinds]
@@ -120,14 +122,15 @@ def _less_inner(span: Span, inner_ns: list[int]) -> tuple[Span, int]:
     return span, span.end_ns - span.start_ns - sum(inner_ns)
 
 
-def _gaps_ns(spans: Sequence[Span], order: Sequence[tuple[str, int]]) -> int:
+def _gaps_ns(spans: Sequence[Span], order: Sequence[tuple[str, int, int, int]]) -> int:
     """Time between spans that are neighbours in `order`."""
-    positions: dict[tuple[str, int], list[int]] = defaultdict(list)
+    positions: dict[tuple[str, int, int], list[int]] = defaultdict(list)
     for position in reversed(range(len(order))):
-        positions[order[position]].append(position)
+        positions[order[position][:3]].append(position)
     placed = []
     for span in spans:
-        if not positions[span.kind, span.micro_batch]:
+        possible = positions[span.kind, span.micro_batch, span.chunk]
+        if not possible:
             raise ValueError(f"{span.kind} of micro-batch {span.micro_batch} is not, or not so often, in the schedule")
-        placed.append((positions[span.kind, span.micro_batch].pop(), span))
+        placed.append((possible.pop(), span))
     return sum(b.start_ns - a.end_ns for (first, a), (second, b) in pairwise(placed) if second == first + 1)

@@ -8,17 +8,24 @@ from itertools import count
 from typing import Any
 
 from harness.spans.files import SpanFile
-from harness.spans.span import STEP, transfers
+from harness.spans.span import STEP, Orders, transfers
 
 
-def chrome_trace(ranks: Sequence[SpanFile], steps: Collection[int] | None = None) -> dict[str, Any]:
+def chrome_trace(
+    ranks: Sequence[SpanFile],
+    pipelines: Iterable[Sequence[int]],
+    orders: Orders,
+    steps: Collection[int] | None = None,
+) -> dict[str, Any]:
     """Trace of several ranks that Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
     A process per rank with nested slices, an arrow from each send to its receive, and a memory counter.
     Follows the Trace Event Format; times are microseconds from the first span.
 
     Args:
-        ranks: spans of every rank on one clock; headers name `rank`, `pp`, `dp` and `tp`.
+        ranks: spans of every rank on one clock, whose headers name `rank`, `pp`, `dp` and `tp`; some may be missing.
+        pipelines: ranks that pass micro-batches to each other, in the order of their stages.
+        orders: what every stage does.
         steps: which to show; all if None.
 
     Raises:
@@ -42,29 +49,21 @@ def chrome_trace(ranks: Sequence[SpanFile], steps: Collection[int] | None = None
         place = ", ".join(f"{axis} {header[axis]}" for axis in ("pp", "dp", "tp"))
         events.append(event("M", "process_name", header["rank"], args={"name": f"rank {header['rank']} ({place})"}))
         events.append(event("M", "process_sort_index", header["rank"], args={"sort_index": header["rank"]}))
-        for step, kind, micro_batch, start, stop in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns)):
-            arguments = {"step": step, "micro_batch": micro_batch}
-            events.append(event("X", kind, header["rank"], start, dur=(stop - start) / 1e3, args=arguments))
+        for span in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns)):
+            arguments = {"step": span.step, "micro_batch": span.micro_batch, "chunk": span.chunk}
+            microseconds = (span.end_ns - span.start_ns) / 1e3
+            events.append(event("X", span.kind, header["rank"], span.start_ns, dur=microseconds, args=arguments))
         inside = [(moment, size) for moment, size in memory if origin <= moment <= end]
         events += [event("C", "memory", header["rank"], moment, args={"bytes": size}) for moment, size in inside]
-    numbers = count()
-    for pipeline in _pipelines(files):
-        for transfer in transfers([file.spans for file in pipeline]):
-            sender, receiver = (pipeline[stage].header["rank"] for stage in (transfer.sender, transfer.receiver))
+    numbers, spans_of = count(), {header["rank"]: spans for header, spans, _ in files}
+    for pipeline in pipelines:
+        for transfer in transfers([spans_of.get(rank, []) for rank in pipeline], orders):
+            sender, receiver = pipeline[transfer.sender], pipeline[transfer.receiver]
             arrow = {"cat": "transfer", "id": next(numbers)}
             middle = transfer.receive.end_ns - round(transfer.seconds * 1e9) // 2  # surely inside the slice
             events.append(event("s", "transfer", sender, transfer.send.start_ns, **arrow))
             events.append(event("f", "transfer", receiver, middle, bp="e", **arrow))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _pipelines(files: Iterable[SpanFile]) -> list[list[SpanFile]]:
-    """Ranks that pass micro-batches to each other, in the order of their stages."""
-    pipelines: dict[tuple[int, int], dict[int, SpanFile]] = defaultdict(dict)
-    for file in files:
-        pipelines[file.header["dp"], file.header["tp"]][file.header["pp"]] = file
-    absent = SpanFile({}, [])
-    return [[stages.get(pp, absent) for pp in range(max(stages) + 1)] for stages in pipelines.values()]
 
 
 TRACE_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {

@@ -1,13 +1,13 @@
-"""Spans of time on a rank: the pipeline bubble they add up to, where a step's time goes, and traces to look at.
+"""Spans of time on a rank, the pipeline bubble they add up to, and the transfers they are ends of.
 
 The tracer measures spans and the simulator predicts them: both produce `Span`, and everything derived
-from spans lives here, so that "predicted minus measured" is a subtraction.
+from spans lives in this package, so that "predicted minus measured" is a subtraction.
 
 Bubble of a pipeline step (p stages, m micro-batches): T is the time from the first forward's start to
 the last backward's end over all stages, busy_s the seconds stage s spends in forward and backward.
-`bubble_fraction` = 1 - mean_s(busy_s) / T and `bubble_overhead` = (T - mean_s(busy_s)) / mean_s(busy_s).
-With equal stages and free transfers 1F1B and GPipe reach (p-1)/(m+p-1) and (p-1)/m
-(arXiv 2104.04473, section 2.2).
+`bubble_fraction` = 1 - mean_s(busy_s) / T and `bubble_overhead` = (T - mean_s(busy_s)) / mean_s(busy_s)
+(arXiv 2104.04473, section 2.2). Of a step with several pipelines it is their mean, of a run the median over its timed
+steps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
+from statistics import median
 from typing import Any, NamedTuple
 
 BACKWARD_KINDS = ("backward", "backward_input", "backward_weight")
@@ -49,11 +50,17 @@ class Span(NamedTuple):
     """-1 where an instruction belongs to no micro-batch."""
     start_ns: int
     end_ns: int
+    chunk: int = 0
+    """Which of the stage's model chunks it works on."""
 
     @property
     def seconds(self) -> float:
         """Duration."""
         return (self.end_ns - self.start_ns) / 1e9
+
+
+Orders = Sequence[Sequence[tuple[str, int, int, int]]]
+"""What every stage does, in order: kind, micro-batch, chunk and the stage at the other end of a transfer (or -1)."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +124,27 @@ def measured_bubble(stages: Sequence[Sequence[StageActivity]]) -> Bubble:
     return Bubble(fraction=1 - busy / total, overhead=total / busy - 1, seconds=total - busy)
 
 
-def ideal_bubble_fraction(num_stages: int, num_micro_batches: int) -> float:
-    """(p-1)/(m+p-1): 1F1B with equal stages and free transfers."""
-    return (num_stages - 1) / (num_micro_batches + num_stages - 1)
+def bubble_of_step(replicas: Sequence[Sequence[Sequence[StageActivity]]]) -> Bubble:
+    """Bubble of a step: that of each replica's pipeline, then the mean.
+
+    Args:
+        replicas: activities by [replica][stage][tensor-parallel rank].
+    """
+    bubbles = [measured_bubble(stages) for stages in replicas]
+    return Bubble(
+        fraction=sum(b.fraction for b in bubbles) / len(bubbles),
+        overhead=sum(b.overhead for b in bubbles) / len(bubbles),
+        seconds=sum(b.seconds for b in bubbles) / len(bubbles),
+    )
 
 
-def ideal_bubble_overhead(num_stages: int, num_micro_batches: int) -> float:
-    """(p-1)/m: the same bubble over busy time."""
-    return (num_stages - 1) / num_micro_batches
+def median_bubble(steps: Sequence[Bubble]) -> Bubble:
+    """The bubble of a run from those of its timed steps."""
+    return Bubble(
+        fraction=median(bubble.fraction for bubble in steps),
+        overhead=median(bubble.overhead for bubble in steps),
+        seconds=median(bubble.seconds for bubble in steps),
+    )
 
 
 class Transfer(NamedTuple):
@@ -142,28 +162,36 @@ class Transfer(NamedTuple):
         return (self.receive.end_ns - start) / 1e9
 
 
-def transfers(stages: Sequence[Sequence[Span]]) -> Iterator[Transfer]:
+def transfers(stages: Sequence[Sequence[Span]], orders: Orders) -> Iterator[Transfer]:
     """Pair the sends of one pipeline with their receives; an end whose other end is missing is left out.
 
-    Activations go to the next stage and gradients to the previous one, around the end where stages hold
-    several chunks. Messages of one micro-batch between the same two stages arrive in the order they left.
+    Messages of one kind and micro-batch between the same two stages arrive in the order they left.
 
     Args:
         stages: the spans of one rank per stage.
+        orders: what the stages do, which says who talks to whom.
     """
-    receives = [_numbered(spans, RECEIVE_OF_SEND.values()) for spans in stages]
-    for sender, spans in enumerate(stages):
-        for (step, kind, micro_batch, number), send in _numbered(spans, RECEIVE_OF_SEND).items():
-            receiver = (sender + (1 if kind == "send_activation" else -1)) % len(stages)
-            receive = receives[receiver].get((step, RECEIVE_OF_SEND[kind], micro_batch, number))
+    pairs = list(zip(stages, orders, strict=True))
+    receives = [_by_message(spans, order, RECEIVE_OF_SEND.values()) for spans, order in pairs]
+    for sender, (spans, order) in enumerate(pairs):
+        for (step, kind, micro_batch, receiver, number), send in _by_message(spans, order, RECEIVE_OF_SEND).items():
+            receive = receives[receiver].get((step, RECEIVE_OF_SEND[kind], micro_batch, sender, number))
             if receive is not None:
                 yield Transfer(sender, receiver, send, receive)
 
 
-def _numbered(spans: Iterable[Span], kinds: Collection[str]) -> dict[tuple[int, str, int, int], Span]:
-    """Spans of some kinds by (step, kind, micro-batch, how many of these went before)."""
-    numbers: dict[tuple[int, str, int], Iterator[int]] = defaultdict(count)
-    return {(*span[:3], next(numbers[span[:3]])): span for span in spans if span.kind in kinds}
+def _by_message(
+    spans: Iterable[Span], order: Sequence[tuple[str, int, int, int]], kinds: Collection[str]
+) -> dict[tuple[int, str, int, int, int], Span]:
+    """Spans of some kinds by (step, kind, micro-batch, the other stage, how many of these went before)."""
+    peers = {(kind, micro_batch, chunk): peer for kind, micro_batch, chunk, peer in order}
+    numbers: dict[tuple[int, str, int, int], Iterator[int]] = defaultdict(count)
+    found = {}
+    for span in spans:
+        if span.kind in kinds and (peer := peers.get((span.kind, span.micro_batch, span.chunk))) is not None:
+            message = (span.step, span.kind, span.micro_batch, peer)
+            found[*message, next(numbers[message])] = span
+    return found
 
 
 def as_dict(value: StageActivity | Bubble) -> dict[str, Any]:

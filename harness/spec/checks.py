@@ -9,6 +9,8 @@ from harness.errors import ConfigError
 from harness.machine import Machine
 from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
+from harness.spec.engines import engine_kind
+from harness.spec.schedules import SCHEDULES, Stage
 
 SMALLEST_COMPUTE_CAPABILITY = {"fp16": 7.0, "bf16": 8.0}
 """Of a GPU, by precision: what DeepSpeed asks for, and the first with matrix units for bf16 (Ampere)."""
@@ -24,6 +26,7 @@ def check(config: RunConfig, machine: Machine) -> None:
     _check_tensor_parallel(config.model, config.parallel)
     _check_pipeline(config.model, config.parallel)
     _check_batch(config)
+    _check_schedule(config)
     _check_training(config, machine)
     _check_tracking(config)
     _check_devices(config, machine)
@@ -110,11 +113,6 @@ def _check_pipeline(model: Model, parallel: Parallel) -> None:
             f"model.stage_factors={factors} names {len(factors)} stages, "
             f"but parallel.pp={parallel.pp}; give one factor per stage"
         )
-    if parallel.zero_stage >= 2:
-        raise ConfigError(
-            f"parallel.zero_stage={parallel.zero_stage} can't be combined with DeepSpeed's pipeline engine, "
-            "which keeps whole gradients between micro-batches; use zero_stage 0 or 1"
-        )
 
 
 def _check_batch(config: RunConfig) -> None:
@@ -127,6 +125,17 @@ def _check_batch(config: RunConfig) -> None:
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size={train.micro_batch_size} x parallel.dp={parallel.dp}; use {remedy}"
         )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    parallel = config.parallel
+    running = [name for name, kind in SCHEDULES.items() if kind.runs]
+    if parallel.schedule not in running:
+        raise ConfigError(f"parallel.schedule={parallel.schedule} is not available; use {' or '.join(running)}")
+    try:  # a generator looks at its sizes first
+        next(SCHEDULES[parallel.schedule].generate(Stage(0, parallel.pp, config.num_micro_batches)), None)
+    except ValueError as error:
+        raise ConfigError(f"parallel.schedule={parallel.schedule}: {error}") from None
 
 
 def _check_training(config: RunConfig, machine: Machine) -> None:
@@ -147,11 +156,7 @@ def _check_training(config: RunConfig, machine: Machine) -> None:
             f"{machine.device_name} has {machine.compute_capability}; use fp32"
             + (" or fp16" if machine.compute_capability >= SMALLEST_COMPUTE_CAPABILITY["fp16"] else "")
         )
-    if train.precision == "fp16" and config.parallel.zero_stage == 0:
-        raise ConfigError(
-            "train.precision=fp16 with parallel.zero_stage=0 trains wrongly in DeepSpeed, whose optimizer takes a "
-            "step before the first; use parallel.zero_stage=1"
-        )
+    engine_kind(config.parallel.engine).check(config)
 
 
 def _check_tracking(config: RunConfig) -> None:

@@ -96,14 +96,16 @@ class Parallel(Section):
     """Pipeline stages."""
     dp: PositiveInt
     """Data-parallel replicas (`fill` in the configuration: devices / (tp x pp))."""
-    schedule: Literal["1f1b"]
-    """Order of forwards and backwards: DeepSpeed's one-forward-one-backward."""
+    schedule: str
+    """Order of forwards and backwards, an entry of `harness.spec.schedules`."""
     partition: Literal["uniform", "parameters", "cost"] | list[PositiveInt]
     """Layers per stage: balanced by number, parameters or FLOPs (head included), or listed."""
     zero_stage: Literal[0, 1, 2, 3]
     """ZeRO optimizer sharding over data-parallel ranks."""
     sequence_parallel: bool
     """Between attention and feed-forward layers each tensor-parallel rank holds 1/tp of the sequence."""
+    engine: str = "deepspeed"
+    """What trains, an entry of `harness.spec.engines`; torch: plain torch on one rank."""
 
     @property
     def world_size(self) -> int:

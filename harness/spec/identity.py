@@ -24,7 +24,7 @@ def identity(config: RunConfig, data_fingerprint: str) -> str:
         train["resume"] = fingerprint(config.train.resume)
     content = {
         "model": config.model.model_dump(exclude={"name"}),
-        "parallel": config.parallel.model_dump(),
+        "parallel": config.parallel.model_dump(exclude={"engine"} if config.parallel.engine == "deepspeed" else None),
         "train": train,
         "data": data_fingerprint,
         "deepspeed": config.deepspeed,

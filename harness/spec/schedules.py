@@ -1,15 +1,20 @@
-"""Pipeline schedules as data: which stage does what, in which order.
+"""Pipeline schedules as data: which stage does what, in which order, and what follows from that.
 
-A schedule is one generator in `SCHEDULES`. It gets a `Stage` and yields that stage's instructions; the
-end of the step (reductions and optimizer) is the same in all and added here. Instructions have the kinds
-of `harness.spans.span.Span`, so that a simulated and a measured step compare span by span.
+A schedule is one entry of `SCHEDULES`, whose generator gets a `Stage` and yields that stage's instructions; the end
+of the step (reductions and optimizer) is the same in all and added here. Engines execute these instructions, the
+simulator times them, and the tracer's spans have their kinds, so that a simulated and a measured step compare span by
+span. Who talks to whom, how many micro-batches are in flight and how large the ideal bubble is, is said nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
+
+from harness.errors import ConfigError
 
 
 class Instruction(NamedTuple):
@@ -150,10 +155,33 @@ def interleaved(stage: Stage) -> Iterator[Instruction]:
             yield from stage.backward(micro_batch, v - 1 - chunk)
 
 
-SCHEDULES: dict[str, Generator] = {
-    "gpipe": gpipe,
-    "1f1b": one_forward_one_backward,
-    "interleaved": interleaved,
+def forward_only(stage: Stage) -> Iterator[Instruction]:
+    """What an evaluation does."""
+    for micro_batch in range(stage.num_micro_batches):
+        yield from stage.forward(micro_batch)
+
+
+def fill_and_drain(p: int, m: int, v: int) -> Fraction:
+    """(p-1)/(m v): idle over busy time of p equal stages with free transfers (arXiv 2104.04473, section 2.2)."""
+    return Fraction(p - 1, m * v)
+
+
+@dataclass(frozen=True)
+class ScheduleKind:
+    """What is to be known of a schedule, whatever its size."""
+
+    generate: Generator
+    """Yields what a stage does up to the last backward pass."""
+    ideal_overhead: Callable[[int, int, int], Fraction]
+    """Idle over busy time of p equal stages with m micro-batches, v chunks each and free transfers: (p, m, v) -> it."""
+    runs: bool = True
+    """Whether engines execute it; else it is for simulations."""
+
+
+SCHEDULES: dict[str, ScheduleKind] = {
+    "gpipe": ScheduleKind(gpipe, fill_and_drain, runs=False),
+    "1f1b": ScheduleKind(one_forward_one_backward, fill_and_drain),
+    "interleaved": ScheduleKind(interleaved, fill_and_drain, runs=False),
 }
 END_OF_STEP = [Instruction(kind) for kind in ("reduce_tied_gradients", "reduce_gradients", "optimizer", "reduce_loss")]
 
@@ -168,9 +196,15 @@ class Schedule:
     stages: list[list[Instruction]]
     """Every stage's instructions in order."""
 
-    def order(self) -> list[list[tuple[str, int]]]:
-        """Kind and micro-batch of every stage's instructions, as `timeline.account` compares spans with."""
-        return [[(instruction.kind, instruction.micro_batch) for instruction in stage] for stage in self.stages]
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of activations and of weights are computed one after the other (arXiv 2401.10241)."""
+        return any(instruction.kind == "backward_weight" for instruction in self.stages[0])
+
+    @cached_property
+    def micro_batches_in_flight(self) -> list[int]:
+        """Of every stage: forward passes done whose backward pass is not, at most, over all its chunks."""
+        return [_most_in_flight(instructions) for instructions in self.stages]
 
 
 def build_schedule(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
@@ -183,16 +217,47 @@ def build_schedule(name: str, num_stages: int, num_micro_batches: int, num_chunk
     Raises:
         ValueError: an unknown name, or sizes that the schedule can't run.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is not known; use one of {', '.join(SCHEDULES)}")
+    kind = schedule_kind(name)
     if min(num_stages, num_micro_batches, num_chunks) < 1:
         raise ValueError(
             f"a schedule needs at least 1 stage, micro-batch and chunk, not {num_stages}, {num_micro_batches} "
             f"and {num_chunks}"
         )
     sizes = (num_stages, num_micro_batches, num_chunks)
-    stages = [[*SCHEDULES[name](Stage(index, *sizes)), *END_OF_STEP] for index in range(num_stages)]
+    stages = [[*kind.generate(Stage(index, *sizes)), *END_OF_STEP] for index in range(num_stages)]
     used = 1 + max(instruction.chunk for instruction in stages[0])
     if used != num_chunks:
         raise ValueError(f"schedule {name} runs {used} chunk per stage, not {num_chunks}; use interleaved")
     return Schedule(name, num_micro_batches, num_chunks, stages)
+
+
+def schedule_kind(name: str) -> ScheduleKind:
+    """What is known of a schedule.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(f"schedule {name!r} is not known; use one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def ideal_bubble_overhead(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> float:
+    """Idle over busy time with equal stages and free transfers."""
+    return float(schedule_kind(name).ideal_overhead(num_stages, num_micro_batches, num_chunks))
+
+
+def ideal_bubble_fraction(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> float:
+    """Idle share of the pipeline's time with equal stages and free transfers."""
+    overhead = schedule_kind(name).ideal_overhead(num_stages, num_micro_batches, num_chunks)
+    return float(overhead / (1 + overhead))
+
+
+def _most_in_flight(instructions: list[Instruction]) -> int:
+    """A micro-batch's activations are held from its forward to its last backward pass."""
+    last = "backward_weight" if any(i.kind == "backward_weight" for i in instructions) else "backward"
+    most = now = 0
+    for instruction in instructions:
+        now += (instruction.kind == "forward") - (instruction.kind == last)
+        most = max(most, now)
+    return most

@@ -7,10 +7,12 @@ communication stays inside a node.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 Axis = Literal["pp", "dp", "tp"]
+T = TypeVar("T")
 
 
 class Coordinate(NamedTuple):
@@ -50,6 +52,15 @@ class Topology:
         for rank in range(self.world_size):
             members.setdefault(self.coordinate(rank)._replace(**{axis: 0}), []).append(rank)
         return list(members.values())
+
+    def arranged(self, of_ranks: Sequence[T]) -> list[list[list[T]]]:
+        """What is given by rank, by [replica][stage][tensor-parallel rank]."""
+        stages, neighbours = range(self.pp), range(self.tp)
+        return [[[of_ranks[self.rank(pp, dp, tp)] for tp in neighbours] for pp in stages] for dp in range(self.dp)]
+
+    def pipelines(self) -> list[list[int]]:
+        """Ranks that pass micro-batches to each other, by stage, for each replica and tensor-parallel rank."""
+        return self.groups("pp")
 
     def tp_subgroups(self, size: int) -> list[list[int]]:
         """Runs of `size` neighbours inside each tensor-parallel group."""

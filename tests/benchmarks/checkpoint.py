@@ -65,14 +65,14 @@ def rank_main() -> None:
     from harness.checkpoints import directory_of
     from harness.machine import detect_machine
     from harness.run.checkpoint import load_checkpoint, save_checkpoint, tensor_shapes
-    from harness.run.engines.deepspeed.build import build_training
-    from harness.run.worker import initialize_distributed
+    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.engines.engine import build_engine
 
     case, folder = read_argument(), Path(sys.argv[1])
     initialize_distributed()
     rank = int(os.environ["RANK"])
     config = make_config(*case["overrides"], machine=detect_machine())
-    training = build_training(config, rank)
+    engine = build_engine(config, rank)
     tensors = {name: torch.randn(shape) for name, shape in tensor_shapes(config).items()} if rank == 0 else {}
 
     plain, target = folder / "plain.pt", directory_of(folder / "checkpoints", 1)
@@ -102,8 +102,8 @@ def rank_main() -> None:
         clean()
         times["torch"].append(seconds(save_plainly))
         clean()
-        times["save"].append(seconds(lambda: save_checkpoint(target.parent, training, config, 1, None)))
-        times["load"].append(seconds(lambda: load_checkpoint(target, training, config, None)))
+        times["save"].append(seconds(lambda: save_checkpoint(target.parent, engine, config, 1, None)))
+        times["load"].append(seconds(lambda: load_checkpoint(target, engine, config, None)))
     if rank == 0:
         write_answer({**times, "bytes": sum(tensor.nbytes for tensor in tensors.values())})
     os._exit(0)

@@ -26,7 +26,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -225,16 +225,11 @@ class Waits:
         return self._send(tensor, dest_stage, **options)
 
 
-def slowed(execute: Callable[..., Any]) -> Callable[..., Any]:
-    """An instruction that needs more of the processor."""
-
-    def slow(*arguments: Any, **options: Any) -> Any:
-        end = time.thread_time() + SLOW_HOST_SECONDS
-        while time.thread_time() < end:
-            pass
-        return execute(*arguments, **options)
-
-    return slow
+def work_a_while() -> None:
+    """What an instruction takes more of the processor."""
+    end = time.thread_time() + SLOW_HOST_SECONDS
+    while time.thread_time() < end:
+        pass
 
 
 def rank_main() -> None:
@@ -245,10 +240,11 @@ def rank_main() -> None:
 
     from harness.record.store import Attempt
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.engines.deepspeed.build import build_training
+    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.engines.engine import Before, build_engine
     from harness.run.instruments.tracer import HostClock, Tracer
     from harness.run.tasks.train import Loop, share_corpus
-    from harness.run.worker import initialize_distributed
+    from harness.spans.span import KINDS
 
     argument = read_argument()
     if not argument["normal_priority"]:
@@ -264,14 +260,14 @@ def rank_main() -> None:
         config = make_config(*case.overrides)
         attempt = Attempt(Path(sys.argv[1]) / f"attempt-{number}")
         attempt.path.mkdir(exist_ok=True)
-        training = build_training(config, rank)
+        engine = build_engine(config, rank)
         if case.slow_host:
-            instructions = training.engine._INSTRUCTION_MAP.items()
-            training.engine._INSTRUCTION_MAP = {what: slowed(execute) for what, execute in instructions}
+            for kind in KINDS:
+                engine.observers.append(Before(kind, work_a_while))
         tracer = Tracer(HostClock(), nested=True)
-        tracer.attach(training.engine)
+        tracer.attach(engine)
         data = micro_batches(config, CorpusSamples(config, share_corpus(config, rank)), dp_rank=0)
-        loop = Loop(attempt, config, rank, training, tracer, torch.device("cpu"))
+        loop = Loop(attempt, config, rank, engine, tracer, torch.device("cpu"))
         runs.append((case, attempt, loop, waits.late(data, case)))
     windows: dict[Case, list[tuple[float, float]]] = {case: [] for case, *_ in runs}
     for step, scale in enumerate(SCALES, start=1):

@@ -68,11 +68,11 @@ def rank_main() -> None:
     from harness.record.heartbeat import Heart
     from harness.record.store import Attempt
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.engines.deepspeed.build import build_training
-    from harness.run.instruments.heartbeat import attach_heartbeat
-    from harness.run.instruments.tracer import KIND_OF_INSTRUCTION, HostClock, Tracer
+    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.engines.engine import build_engine
+    from harness.run.instruments.heartbeat import HeartbeatObserver
+    from harness.run.instruments.tracer import HostClock, Tracer
     from harness.run.tasks.train import Loop, share_corpus
-    from harness.run.worker import initialize_distributed
 
     case = read_argument()
     initialize_distributed()
@@ -80,12 +80,12 @@ def rank_main() -> None:
     config = make_config(*case["overrides"], machine=detect_machine())
     torch.set_num_threads(config.launch.threads_per_rank)
     samples = CorpusSamples(config, share_corpus(config, rank))
-    bare, training = build_bare(config, rank), build_training(config, rank)
+    bare, engine = build_bare(config, rank), build_engine(config, rank)
     attempt = Attempt(Path(sys.argv[1]))
     tracer = Tracer(HostClock(), nested=config.tracking.trace_level == "collectives")
-    tracer.attach(training.engine)
-    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, Heart(attempt.path, rank), "cpu")
-    loop = Loop(attempt, config, rank, training, tracer, torch.device("cpu"))
+    tracer.attach(engine)
+    engine.observers.append(HeartbeatObserver(Heart(attempt.path, rank), lambda: engine.steps_taken, "cpu"))
+    loop = Loop(attempt, config, rank, engine, tracer, torch.device("cpu"))
     bare_data, data = (micro_batches(config, samples, dp_rank=0) for _ in range(2))
 
     def bare_step(step: int) -> None:
@@ -127,7 +127,7 @@ def build_bare(config: Any, rank: int) -> Any:
     from harness.model.groups import build_tensor_parallel
     from harness.model.loss import PipelineLoss
     from harness.model.weights import initialize
-    from harness.run.engines.deepspeed.build import StagedPipeline, stage_boundaries
+    from harness.run.engines.deepspeed.pipeline import StagedPipeline, stage_boundaries
     from harness.run.engines.deepspeed.settings import build_deepspeed_config
     from harness.run.optimizer import build_learning_rate, build_optimizer
     from harness.spec.partition import layers_per_stage

@@ -52,7 +52,7 @@ def rank_main() -> None:
     from harness.model.block import TransformerBlock
     from harness.model.groups import build_tensor_parallel
     from harness.plan.memory import block_activation_bytes_per_token
-    from harness.run.worker import initialize_distributed
+    from harness.run.engines.deepspeed.join import initialize_distributed
     from harness.spec.topology import Topology
 
     initialize_distributed()

@@ -54,18 +54,19 @@ def main() -> None:
 
 
 def span_seconds(calls: int = 100_000) -> float:
-    """What a span adds to the call it is around."""
+    """What a tracer adds to an instruction that it observes."""
+    from harness.run.engines.engine import Observers
     from harness.run.instruments.tracer import HostClock, Tracer
+    from harness.spec.schedules import Instruction
 
-    def nothing() -> None:
-        pass
-
-    tracer = Tracer(HostClock())
+    tracer, instruction = Tracer(HostClock()), Instruction("forward", 0)
+    tracer.start_step()
     durations = []
-    for function in (tracer._traced("forward", nothing), nothing):
+    for observers in (Observers([tracer]), Observers()):
         start = time.perf_counter()
         for _ in range(calls):
-            function()
+            with observers.observed(instruction):
+                pass
         durations.append(time.perf_counter() - start)
     return (durations[0] - durations[1]) / calls
 
@@ -79,10 +80,10 @@ def rank_main() -> None:
 
     from harness.machine import detect_machine
     from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.engines.deepspeed.build import build_training
+    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.engines.engine import build_engine
     from harness.run.instruments.tracer import HostClock, Tracer
     from harness.run.tasks.train import share_corpus
-    from harness.run.worker import initialize_distributed
     from harness.spans.files import span_lines
     from harness.spans.span import Span
 
@@ -91,21 +92,21 @@ def rank_main() -> None:
     rank = int(os.environ["RANK"])
     config = make_config(*case["overrides"], machine=detect_machine())
     torch.set_num_threads(config.launch.threads_per_rank)
-    engine = build_training(config, rank).engine
+    engine = build_engine(config, rank)
     data = micro_batches(config, CorpusSamples(config, share_corpus(config, rank)), dp_rank=0)
-    bare = engine._INSTRUCTION_MAP, engine._aggregate_total_loss
+    bare = list(engine.observers), list(engine.tp.parts.observers)
     tracer = Tracer(HostClock(), nested=case["level"] == "collectives")
     tracer.attach(engine)
-    traced = engine._INSTRUCTION_MAP, engine._aggregate_total_loss
+    traced = list(engine.observers), list(engine.tp.parts.observers)
     spans: list[Span] = []
 
     def seconds(is_traced: bool) -> float:
-        engine._INSTRUCTION_MAP, engine._aggregate_total_loss = traced if is_traced else bare
+        engine.observers[:], engine.tp.parts.observers[:] = traced if is_traced else bare
         dist.barrier()
         if is_traced:
             tracer.start_step()
         start = time.perf_counter()
-        float(engine.train_batch(data_iter=data))
+        engine.train_step(data)
         slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
         if is_traced:
             spans[:] = tracer.spans(step=10)

@@ -42,7 +42,7 @@ def read_seed() -> int:
 
 class Saboteur(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> None:
-        if name == "harness.run.engines.deepspeed.build" and read_seed() == HANG_EARLY:
+        if name == "harness.run.engines.engine" and read_seed() == HANG_EARLY:
             misbehave(HANG_EARLY)
         if name == "harness.run.instruments.heartbeat":  # DeepSpeed is there, and no engine yet
             sys.meta_path.remove(self)

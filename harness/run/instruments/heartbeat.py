@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from collections.abc import Callable
 
 from harness.record.heartbeat import STANDS, Heart
+from harness.run.engines.engine import Observer
+from harness.spec.schedules import Instruction
 
 
-def attach_heartbeat(engine: PipelineEngine, kinds: Mapping[type, str], heart: Heart, device_kind: str) -> None:
-    """Let every instruction of an engine leave a mark in the rank's heartbeat when it begins and ends.
+class HeartbeatObserver(Observer):
+    """Lets every instruction of an engine leave a mark in the rank's heartbeat when it begins and ends.
 
     Args:
-        kinds: instruction -> its name.
+        steps_taken: optimizer steps that the engine has taken.
         device_kind: on a GPU an instruction's end says that it is enqueued, not that it is done.
     """
-    seen, step = defaultdict[str, int](int), 0
-    words = ("enqueuing", "after enqueuing") if device_kind == "cuda" else ("in", "after")
-    begun, ended = map(STANDS.index, words)
-    mark = heart.mark
 
-    def beating(kind: str, execute: Callable[..., None]) -> Callable[..., None]:
-        name = kind.encode()
+    def __init__(self, heart: Heart, steps_taken: Callable[[], int], device_kind: str) -> None:
+        self._mark, self._steps_taken = heart.mark, steps_taken
+        words = ("enqueuing", "after enqueuing") if device_kind == "cuda" else ("in", "after")
+        self._begun, self._ended = map(STANDS.index, words)
+        self._step = 0
 
-        def beat(engine: PipelineEngine, **arguments: Any) -> None:
-            nonlocal step
-            if step != engine.global_steps + 1:
-                step = engine.global_steps + 1
-                seen.clear()
-            now, micro_batch = step, seen[kind]
-            seen[kind] = micro_batch + 1
-            mark(now, micro_batch, begun, name)
-            execute(engine, **arguments)
-            mark(now, micro_batch, ended, name)
+    def began(self, instruction: Instruction) -> None:
+        """Mark the begin."""
+        self._step = self._steps_taken() + 1
+        self._mark(self._step, instruction.micro_batch, self._begun, instruction.kind.encode())
 
-        return beat
-
-    engine._INSTRUCTION_MAP = {
-        instruction: beating(kinds[instruction], execute) if instruction in kinds else execute
-        for instruction, execute in engine._INSTRUCTION_MAP.items()
-    }
+    def ended(self, instruction: Instruction) -> None:
+        """Mark the end; of the optimizer's step, too, which it belongs to."""
+        self._mark(self._step, instruction.micro_batch, self._ended, instruction.kind.encode())

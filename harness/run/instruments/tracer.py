@@ -1,52 +1,20 @@
-"""Measured spans: every instruction of DeepSpeed's pipeline engine, on every rank.
+"""Measured spans: every instruction of an engine, on every rank.
 
-`PipelineEngine` looks its instructions up in `_INSTRUCTION_MAP`; the tracer replaces the entries of one
-engine by versions that note when they begin and end. What happens inside a forward or backward pass goes
-through two names of `harness.model`, `dist` in `collectives` and `checkpoint` in `block`: while a step is
-traced in detail they stand for versions that take notes, and otherwise for what they are. On a GPU the marks
-are CUDA events that are read after the step, so that nothing waits inside it.
+The tracer observes an engine, and what happens inside a forward or backward pass where it is asked to. On a GPU the
+marks are CUDA events that are read after the step, so that nothing waits inside it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch.utils.checkpoint import checkpoint
 
-from harness.model import block, collectives
-from harness.spans.span import COMPUTE_KINDS, NESTED_KINDS, Span
-
-KIND_OF_INSTRUCTION = {
-    schedule.LoadMicroBatch: "load",
-    schedule.ForwardPass: "forward",
-    schedule.BackwardPass: "backward",
-    schedule.SendActivation: "send_activation",
-    schedule.RecvActivation: "recv_activation",
-    schedule.SendGrad: "send_gradient",
-    schedule.RecvGrad: "recv_gradient",
-    schedule.ReduceTiedGrads: "reduce_tied_gradients",
-    schedule.ReduceGrads: "reduce_gradients",
-    schedule.OptimizerStep: "optimizer",
-}
-ONCE_PER_STEP = frozenset({"reduce_tied_gradients", "reduce_gradients", "optimizer", "reduce_loss"})
-KIND_OF_COLLECTIVE = {
-    "all_reduce": "tp_all_reduce",
-    "all_gather": "tp_all_gather",
-    "all_gather_single": "tp_all_gather",
-    "reduce_scatter": "tp_reduce_scatter",
-    "reduce_scatter_single": "tp_reduce_scatter",
-    "all_to_all_single": "tp_reduce_scatter",  # how it is done over gloo
-}
+from harness.run.engines.engine import Engine, Observer
+from harness.spans.span import COMPUTE_KINDS, KINDS, Span
+from harness.spec.schedules import Instruction
 
 
 class Clock(Protocol):
@@ -111,7 +79,17 @@ def build_clock(device_kind: str) -> Clock:
     return CudaClock() if device_kind == "cuda" else HostClock()
 
 
-class Tracer:
+class Note(NamedTuple):
+    """Something that was done: between two marks of a clock."""
+
+    instruction: Instruction
+    """Or, of the one it is inside, with the kind of the part."""
+    start: Any
+    end: Any
+    is_part: bool = False
+
+
+class Tracer(Observer):
     """Notes the instructions of one engine, step by step.
 
     Args:
@@ -120,54 +98,53 @@ class Tracer:
     """
 
     def __init__(self, clock: Clock, nested: bool = False) -> None:
-        self._clock = clock
-        self._notes: list[tuple[str, Any, Any]] = []
-        """Kind, mark of the begin, mark of the end, in the order of ends."""
+        self._clock, self._nested = clock, nested
+        self._active = False
+        self._notes: list[Note] = []
+        """In the order of ends."""
+        self._current = Instruction("")
+        self._start: Any = None
+        self._parts: list[tuple[str, Any]] = []
+        """Those that have begun: kind, mark."""
         self._used_bytes: Callable[[], int] | None = None
         self._memory: list[tuple[Any, int]] = []
-        """Mark of an instruction's end, bytes in use once it was launched."""
-        self._seams: list[tuple[ModuleType, str, Any]] = []
-        """Module, name in it, what the name stands for while a step is traced."""
-        if nested:
-            traced = {name: self._traced(kind, getattr(dist, name)) for name, kind in KIND_OF_COLLECTIVE.items()}
-            noted = partial(checkpoint, context_fn=self._checkpoint_contexts)
-            self._seams = [(collectives, "dist", _Distributed(traced)), (block, "checkpoint", noted)]
-        self._originals: list[Any] = []
+        """Mark after an instruction, bytes in use then."""
 
-    def attach(self, engine: PipelineEngine) -> None:
-        """Wrap the engine's instructions as they are now, and the reduction of the loss that ends a step."""
-        engine._INSTRUCTION_MAP = {
-            instruction: self._traced(KIND_OF_INSTRUCTION[instruction], execute)
-            for instruction, execute in engine._INSTRUCTION_MAP.items()
-            if instruction in KIND_OF_INSTRUCTION
-        }
-        engine._aggregate_total_loss = self._traced("reduce_loss", engine._aggregate_total_loss)
+    def attach(self, engine: Engine) -> None:
+        """Observe an engine: those that observe it already are inside the spans."""
+        engine.observers.append(self)
+        if self._nested:
+            engine.tp.parts.observers.append(self)
 
-    def _traced(self, kind: str, execute: Callable[..., Any]) -> Callable[..., Any]:
-        note, mark = self._notes.append, self._clock.mark
+    def began(self, instruction: Instruction) -> None:
+        """Note the begin.
 
-        def traced(*arguments: Any, **options: Any) -> Any:
-            start = mark()
-            result = execute(*arguments, **options)
-            end = mark()
-            note((kind, start, end))
-            if self._used_bytes is not None and kind not in NESTED_KINDS:
+        Raises:
+            ValueError: an instruction of a kind that no span has.
+        """
+        if instruction.kind not in KINDS:
+            raise ValueError(f"an instruction of kind {instruction.kind!r} can't be traced; name it in KINDS")
+        if self._active:
+            self._current, self._start = instruction, self._clock.mark()
+
+    def ended(self, instruction: Instruction) -> None:
+        """Note the end."""
+        if self._active:
+            end = self._clock.mark()
+            self._notes.append(Note(instruction, self._start, end))
+            if self._used_bytes is not None:
                 self._memory.append((end, self._used_bytes()))
-            return result
 
-        return traced
+    def part_began(self, kind: str) -> None:
+        """Note that a part of the instruction begins."""
+        if self._active:
+            self._parts.append((kind, self._clock.mark()))
 
-    def _checkpoint_contexts(self) -> tuple[Any, Any]:
-        """What `torch.utils.checkpoint` does the first and the second computation in."""
-        return contextlib.nullcontext(), self._recomputing()
-
-    @contextlib.contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        start = self._clock.mark()
-        try:
-            yield
-        finally:  # it ends by an exception once everything needed is there
-            self._notes.append(("recompute", start, self._clock.mark()))
+    def part_ended(self, kind: str) -> None:
+        """Note its end."""
+        if self._active:
+            _, start = self._parts.pop()
+            self._notes.append(Note(self._current._replace(kind=kind), start, self._clock.mark(), is_part=True))
 
     def start_step(self, used_bytes: Callable[[], int] | None = None) -> None:
         """Forget the last step and take notes.
@@ -177,30 +154,22 @@ class Tracer:
         """
         self._notes.clear()
         self._memory.clear()
-        self._used_bytes = used_bytes
-        self._originals = [getattr(module, name) for module, name, _ in self._seams]
-        for module, name, traced in self._seams:
-            setattr(module, name, traced)
+        self._parts.clear()
+        self._used_bytes, self._active = used_bytes, True
         self._clock.start_step()
 
     def spans(self, step: int) -> list[Span]:
         """What happened since `start_step`, in order, an instruction before what is nested in it; ends the notes."""
-        for (module, name, _), original in zip(self._seams, self._originals, strict=True):
-            setattr(module, name, original)
-        moments = iter(self._clock.nanoseconds([mark for _, *marks in self._notes for mark in marks]))
-        seen: dict[str, int] = defaultdict(int)
+        self._active = False
+        moments = iter(self._clock.nanoseconds([mark for note in self._notes for mark in (note.start, note.end)]))
         spans: list[Span] = []
         inside: list[Span] = []
-        for kind, *_ in self._notes:
-            span = Span(step, kind, -1, next(moments), next(moments))
-            if kind in NESTED_KINDS:
+        for (kind, micro_batch, chunk, _), _, _, is_part in self._notes:
+            span = Span(step, kind, micro_batch, next(moments), next(moments), chunk)
+            if is_part:
                 inside.append(span)
                 continue
-            # 1F1B runs each kind of instruction in the order of the micro-batches.
-            micro_batch = -1 if kind in ONCE_PER_STEP else seen[kind]
-            seen[kind] += 1
-            inside.sort(key=lambda nested: (nested.start_ns, -nested.end_ns))
-            spans += [nested._replace(micro_batch=micro_batch) for nested in (span, *inside)]
+            spans += [span, *sorted(inside, key=lambda nested: (nested.start_ns, -nested.end_ns))]
             inside.clear()
         return spans
 
@@ -225,8 +194,8 @@ class Tracer:
         Returns:
             None where the host does the work itself.
         """
-        launched = [self._clock.host_nanoseconds(end) for kind, _, end in self._notes if kind not in NESTED_KINDS]
-        instructions = [span for span in spans if span.kind not in NESTED_KINDS]
+        launched = [self._clock.host_nanoseconds(note.end) for note in self._notes if not note.is_part]
+        instructions = [span for span in spans if span.kind in KINDS]
         gap_ns = 0
         for span, launched_ns in zip(instructions, launched, strict=True):
             if launched_ns is None:
@@ -234,13 +203,3 @@ class Tracer:
             if span.kind in COMPUTE_KINDS:
                 gap_ns += max(0, min(launched_ns, span.end_ns) - span.start_ns)
         return gap_ns / 1e9
-
-
-class _Distributed:
-    """`torch.distributed` with some of its functions replaced."""
-
-    def __init__(self, replaced: dict[str, Callable[..., Any]]) -> None:
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(dist, name)

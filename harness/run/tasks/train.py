@@ -5,33 +5,31 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from harness.checkpoints import FOLDER
 from harness.corpus import Corpus, prepare_corpus
-from harness.machine import Machine, detect_machine, peak_resident_bytes
+from harness.machine import Machine, detect_machine
 from harness.record.heartbeat import Heart
 from harness.record.metrics import StepRecord, metrics_line
 from harness.record.store import Attempt, write_json
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.data import CorpusSamples, micro_batches
-from harness.run.engines.deepspeed.build import Training, build_training
+from harness.run.engines.engine import Engine, build_engine
 from harness.run.evaluate import Evaluation
 from harness.run.instruments.clock import measure_clock_offset
-from harness.run.instruments.heartbeat import attach_heartbeat
-from harness.run.instruments.tracer import KIND_OF_INSTRUCTION, Tracer, build_clock
+from harness.run.instruments.heartbeat import HeartbeatObserver
+from harness.run.instruments.memory import peak_memory_bytes, reset_peak_memory, used_memory_bytes
+from harness.run.instruments.tracer import Tracer, build_clock
 from harness.run.result import write_result
 from harness.spans.clock import to_reference
 from harness.spans.files import SpanWriter
-from harness.spans.span import STEP, Bubble, Span, StageActivity, activity, measured_bubble
+from harness.spans.span import STEP, Span, StageActivity, activity, bubble_of_step
 from harness.spec.config import RunConfig
-from harness.spec.topology import Topology
 from harness.strict_json import dumps
 
 
@@ -40,26 +38,26 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     machine = detect_machine()
     device = set_up_device(config, machine)
     heart = Heart(attempt.path, rank)
-    training = build_training(config, rank, phase=heart.phase)
-    if rank == 0:
-        write_json(attempt.ds_config_file, training.settings)
+    engine = build_engine(config, rank, phase=heart.phase)
+    if rank == 0 and engine.settings is not None:
+        write_json(attempt.ds_config_file, engine.settings)
     heart.phase("reading the data")
     corpus = share_corpus(config, rank)
     tracer = Tracer(build_clock(machine.device_kind), nested=config.tracking.trace_level == "collectives")
-    tracer.attach(training.engine)
-    attach_heartbeat(training.engine, KIND_OF_INSTRUCTION, heart, machine.device_kind)
-    loop = Loop(attempt, config, rank, training, tracer, device, Evaluation(config, corpus, training, rank))
+    tracer.attach(engine)
+    engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind))
+    loop = Loop(attempt, config, rank, engine, tracer, device, Evaluation(config, corpus, engine, rank))
     heart.phase("reading the checkpoint" if config.train.resume else "beginning to train")
-    done = load_checkpoint(Path(config.train.resume), training, config, loop.group) if config.train.resume else 0
+    done = load_checkpoint(Path(config.train.resume), engine, config, loop.group) if config.train.resume else 0
     if rank == 0 and done:
         print(f"goes on after step {done}, from {config.train.resume}", flush=True)
-    data = micro_batches(config, CorpusSamples(config, corpus), training.topology.coordinate(rank).dp, first_step=done)
-    reset_peak_memory(device)
+    data = micro_batches(config, CorpusSamples(config, corpus), engine.topology.coordinate(rank).dp, first_step=done)
+    reset_peak_memory()
     for step in range(done + 1, config.train.steps + 1):
         loop.step(step, data)
         if is_due(config.train.checkpoint_interval, step, config):
             heart.phase("writing a checkpoint")
-            save_checkpoint(attempt.path / FOLDER, training, config, step, loop.group)
+            save_checkpoint(attempt.path / FOLDER, engine, config, step, loop.group)
     write_result(attempt, config, machine, device, loop, corpus, heart.phase)
 
 
@@ -105,23 +103,22 @@ class Loop:
         attempt: Attempt,
         config: RunConfig,
         rank: int,
-        training: Training,
+        engine: Engine,
         tracer: Tracer,
         device: torch.device,
         evaluation: Evaluation | None = None,
     ) -> None:
-        self.config, self.rank, self.training, self.tracer, self.device = config, rank, training, tracer, device
+        self.config, self.rank, self.engine, self.tracer, self.device = config, rank, engine, tracer, device
         self.records: list[StepRecord] = []
         self.peak_bytes = [0] * dist.get_world_size()
         """By rank, so far; known to rank 0."""
         # What ranks tell each other for the record travels over gloo, also where the model uses NCCL.
         self.group = None if device.type == "cpu" else dist.new_group(backend="gloo")
         self._evaluation = evaluation
-        self._process = psutil.Process()
         self._steps_done = 0
         self._clock_offset = measure_clock_offset(self.group)
         self._to_reference = to_reference(self._clock_offset)
-        header = {"rank": rank, **training.topology.coordinate(rank)._asdict()}
+        header = {"rank": rank, **engine.topology.coordinate(rank)._asdict()}
         self._spans = SpanWriter(attempt.spans_file(rank), header, self._clock_offset)
         self._metrics = attempt.metrics_file.open("w") if rank == 0 else None
         self._started = time.monotonic()
@@ -129,13 +126,12 @@ class Loop:
 
     def step(self, step: int, data: Any) -> None:
         """One optimizer step (counted from 1), and an evaluation where one is due."""
-        engine = self.training.engine
-        learning_rate = engine.get_lr()[0]
+        learning_rate = self.engine.learning_rate()
         is_shown = step in self.config.tracking.trace_steps
-        self.tracer.start_step(self._used_bytes if is_shown else None)  # waits for the device
+        self.tracer.start_step(used_memory_bytes if is_shown else None)  # waits for the device
         dist.barrier(group=self.group)  # what a rank did since the last step is no part of this one
         start = time.monotonic_ns()
-        loss = float(engine.train_batch(data_iter=data))  # waits for the device
+        loss = self.engine.train_step(data)  # waits for the device
         end = time.monotonic_ns()
         spans = self.tracer.spans(step)
         self._steps_done += 1
@@ -144,19 +140,13 @@ class Loop:
             self._spans.write([*spans, Span(step, STEP, -1, start, end)])
         if is_shown:
             self._spans.write_memory(self.tracer.memory())
-        norm = self.training.global_gradient_norm()
+        norm = self.engine.gradient_norm()
         gathered = self._gather(end - start, activity(spans), self.tracer.launch_gap_seconds(spans))
         eval_loss = self._evaluate(step)
         if gathered is not None:
             self._record(step, loss, learning_rate, norm, eval_loss, gathered)
         if compares_clocks_after(self._steps_done):
             self._to_reference = to_reference(self._clock_offset, measure_clock_offset(self.group))
-
-    def _used_bytes(self) -> int:
-        """Memory in use now: allocated by torch on a GPU, resident in RAM on CPU."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.memory_allocated(self.device))
-        return int(self._process.memory_info().rss)
 
     def _evaluate(self, step: int) -> float | None:
         """Loss on the held-out samples where a step ends with an evaluation."""
@@ -168,7 +158,7 @@ class Loop:
         """What rank 0 records of each rank; None on the others."""
         numbers = [
             seconds_ns,
-            peak_memory_bytes(self.device),
+            peak_memory_bytes(),
             self._to_reference(own.first_forward_start_ns),
             self._to_reference(own.last_backward_end_ns),
             round(own.forward_seconds * 1e9),
@@ -195,8 +185,8 @@ class Loop:
         ranks: Sequence[RankStep],
     ) -> None:
         """Rank 0: one line of metrics.jsonl, one line for the user."""
-        pipelines = group_by_stage(self.training.topology, [rank.activity for rank in ranks])
-        stages = [[a for pipeline in pipelines for a in pipeline[s]] for s in range(self.config.parallel.pp)]
+        replicas = self.engine.topology.arranged([rank.activity for rank in ranks])
+        stages = [[a for replica in replicas for a in replica[s]] for s in range(self.config.parallel.pp)]
         # Linux counts resident pages approximately: the peak it reports may be lower than it was.
         self.peak_bytes = [max(known, rank.peak_bytes) for known, rank in zip(self.peak_bytes, ranks, strict=True)]
         record = StepRecord(
@@ -205,7 +195,7 @@ class Loop:
             learning_rate=learning_rate,
             grad_norm=norm,
             step_seconds=max(rank.seconds for rank in ranks),
-            bubble=mean_bubble([measured_bubble(pipeline) for pipeline in pipelines]),
+            bubble=bubble_of_step(replicas),
             forward_seconds=[sum(a.forward_seconds for a in stage) / len(stage) for stage in stages],
             backward_seconds=[sum(a.backward_seconds for a in stage) / len(stage) for stage in stages],
             peak_memory_bytes=max(self.peak_bytes),
@@ -239,40 +229,3 @@ def compares_clocks_after(steps_done: int) -> bool:
     is then wrong by a few of their uncertainties, however large a constant drift, and 64 steps bound what changes.
     """
     return steps_done % 64 == 0 or steps_done.bit_count() == 1
-
-
-def group_by_stage(topology: Topology, ranks: Sequence[StageActivity]) -> list[list[list[StageActivity]]]:
-    """Activities by [replica][stage][tensor-parallel rank]."""
-    return [
-        [[ranks[topology.rank(pp, dp, tp)] for tp in range(topology.tp)] for pp in range(topology.pp)]
-        for dp in range(topology.dp)
-    ]
-
-
-def mean_bubble(bubbles: Sequence[Bubble]) -> Bubble:
-    """Mean over pipelines."""
-    count = len(bubbles)
-    return Bubble(
-        fraction=sum(b.fraction for b in bubbles) / count,
-        overhead=sum(b.overhead for b in bubbles) / count,
-        seconds=sum(b.seconds for b in bubbles) / count,
-    )
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peaks of building the model: what is reported is that of training.
-
-    On CPU Linux forgets (proc(5), clear_refs); where it may not be asked, the peak since the start is reported.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory since `reset_peak_memory`: allocated by torch on a GPU, resident in RAM on CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return peak_resident_bytes()

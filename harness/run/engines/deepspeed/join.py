@@ -1,0 +1,46 @@
+"""How a rank that `deepspeed` started meets the others."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from harness.machine import detect_machine
+from harness.secrets import hide
+
+
+def initialize_distributed() -> None:
+    """Join the other ranks, over NCCL on GPUs and gloo on CPU."""
+    kind = detect_machine().device_kind
+    if kind == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        # The launcher shows every rank all GPUs, and DeepSpeed picks the rank's own as late as in its engine. NCCL
+        # takes tensors of that one only.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    import deepspeed
+
+    # DeepSpeed would compile its shared-memory collectives here, half a minute at the first start. They reduce
+    # over all ranks whatever group is named, so nothing in the harness calls them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if kind == "cuda" else "gloo"
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    gc.freeze()  # DeepSpeed collects garbage while it builds an engine: each time 0.3 s over all that was imported
+
+
+def keep_secrets(names: Collection[str]) -> None:
+    """Keep DeepSpeed, which may print its configuration, from printing the values of environment variables."""
+
+    def hide_them(record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage(), names), ()
+        return True
+
+    if names:
+        logging.getLogger("DeepSpeed").addFilter(hide_them)

@@ -1,0 +1,42 @@
+"""Memory of this rank: what torch allocated on its GPU, or else what is resident in RAM."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from harness.machine import peak_resident_bytes
+
+
+def _cuda() -> Any | None:
+    """torch.cuda where this rank uses a GPU; torch may not have been imported yet."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def used_memory_bytes() -> int:
+    """In use now."""
+    cuda = _cuda()
+    return int(cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss)
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory since `reset_peak_memory`, or since the process began."""
+    cuda = _cuda()
+    return int(cuda.max_memory_allocated()) if cuda else peak_resident_bytes()
+
+
+def reset_peak_memory() -> None:
+    """Forget the peaks of building the model: what is reported is that of training.
+
+    On CPU Linux forgets (proc(5), clear_refs); where it may not be asked, the peak since the start is reported.
+    """
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
