@@ -9,6 +9,7 @@ import torch
 from helpers_model import saved_bytes
 
 from harness.model.block import TransformerBlock
+from harness.model.emulated import EmulatedBlock
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.plan.memory import (
@@ -18,10 +19,9 @@ from harness.plan.memory import (
     memory_per_stage,
     micro_batches_in_flight,
     optimizer_bytes_per_parameter,
-    stage_parameters_per_rank,
 )
 from harness.spec.config import Model, RunConfig
-from harness.spec.counts import flops_conventions, stage_counts
+from harness.spec.counts import flops_conventions, stage_counts, stage_parameters_per_rank
 from harness.spec.schedules import build_schedule
 from tests.helpers import make_config
 
@@ -152,6 +152,14 @@ def test_pytorch_keeps_as_much_for_backward() -> None:
     norms, rotary = 2 * 4 * llama.model.hidden_size, 2 * 4 * llama.model.head_dim * 64 / (2 * 64)
     counted = block_activation_bytes_per_token(llama.model, llama.parallel, "fp32")
     assert saved_bytes_per_token(llama.model, torch.float32) == counted + norms + rotary
+
+
+def test_a_block_that_waits_keeps_nothing_and_holds_its_vector_whole() -> None:
+    config = make_config("model=emulated", "model.forward_seconds=0", "model.backward_seconds=0")
+    block = EmulatedBlock(config.model, TensorParallel.single(), activation_checkpointing=False)
+    assert saved_bytes(block, torch.randn(2, 8, 64, requires_grad=True)) == 0
+    assert block_activation_bytes_per_token(config.model, config.parallel, "fp32") == 0
+    assert stage_parameters_per_rank(config.model, 2, 1, first=False, last=False) == 64
 
 
 @pytest.mark.parametrize(("p", "m"), list(product(range(1, 6), range(1, 8))))

@@ -39,6 +39,13 @@ def test_groups_of_a_small_layout() -> None:
     assert topology.rank(pp=1, tp=1) == 5
 
 
+def test_ranks_by_pipeline_stage_and_replica() -> None:
+    topology = Topology(pp=2, dp=2, tp=2)
+    assert topology.pipelines() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert topology.stages() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert topology.replicas() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
 def test_tp_subgroups() -> None:
     topology = Topology(pp=1, dp=2, tp=4)
     assert topology.tp_subgroups(2) == [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -57,10 +57,10 @@ from harness.checkpoints import (
 )
 from harness.errors import ConfigError
 from harness.model.groups import TensorParallel
-from harness.model.weights import ParameterSpec, parameter_table
 from harness.record.store import write_json
 from harness.run.engines.deepspeed.build import Training
 from harness.spec.config import RunConfig, Train
+from harness.spec.parameters import ParameterSpec, parameter_table
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's loss scalers, of which a static one has only the first."""

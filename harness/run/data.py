@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from harness.corpus import Corpus, load_tokens, sample
+from harness.model.loss import IGNORE_INDEX
 from harness.spec.config import RunConfig
 
-IGNORE_INDEX = -100
 MicroBatch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -40,12 +40,15 @@ from torch import Tensor
 from harness.model.dropout import RandomStreams, stream_seed
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
-from harness.model.weights import load_full, parameter_table, unshard
+from harness.model.loss import IGNORE_INDEX
+from harness.model.precision import dtype_of
+from harness.model.weights import load_full, unshard
 from harness.record.heartbeat import Phase, no_phase
-from harness.run.data import IGNORE_INDEX, MicroBatch, micro_batches
+from harness.run.data import MicroBatch, micro_batches
 from harness.run.engines.deepspeed.build import before, build_training
 from harness.run.engines.deepspeed.settings import clips_by_itself
 from harness.spec.config import Model, RunConfig
+from harness.spec.parameters import parameter_table
 
 MOST_REPETITIONS = 64
 """Of a step that overflows in fp16: more often than a loss scale can be halved."""
@@ -156,7 +159,7 @@ class Reference:
         self.config = config
         self.learning_rates = learning_rates
         # Rounded as the layout's are, then exact.
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+        dtype = dtype_of(config.train.precision)
         single = TensorParallel.single()
         self.streams = RandomStreams(config.train.seed)
         self.model = build_layers(config.model, single, streams=self.streams).double()

@@ -51,6 +51,19 @@ class Topology:
             members.setdefault(self.coordinate(rank)._replace(**{axis: 0}), []).append(rank)
         return list(members.values())
 
+    def pipelines(self) -> list[list[int]]:
+        """Ranks that pass micro-batches to each other, by stage: a list for each replica and tensor-parallel rank."""
+        return self.groups("pp")
+
+    def stages(self) -> list[list[int]]:
+        """Ranks of each stage."""
+        size = self.dp * self.tp
+        return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+
+    def replicas(self) -> list[list[list[int]]]:
+        """Ranks by [replica][stage][tensor-parallel rank]."""
+        return [[[self.rank(pp, dp, tp) for tp in range(self.tp)] for pp in range(self.pp)] for dp in range(self.dp)]
+
     def tp_subgroups(self, size: int) -> list[list[int]]:
         """Runs of `size` neighbours inside each tensor-parallel group."""
         return [group[i : i + size] for group in self.groups("tp") for i in range(0, self.tp, size)]
