@@ -28,9 +28,10 @@ from harness.model.layers import (
     VocabParallelEmbedding,
 )
 from harness.model.loss import PipelineLoss, vocab_parallel_cross_entropy
-from harness.model.weights import ParameterSpec, load_full, parameter_table, shard
+from harness.model.weights import load_full, shard
 from harness.plan.memory import block_activation_bytes_per_token
 from harness.spec.config import Model
+from harness.spec.parameters import ParameterSpec, parameter_table
 from harness.spec.topology import Topology
 
 

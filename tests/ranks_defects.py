@@ -22,6 +22,7 @@ import harness.run.optimizer as optimizer_module
 import harness.run.parity as parity
 from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.spec.config import Train
+from harness.spec.parameters import ParameterSpec
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 DEFECTS: dict[str, Patch] = {}
@@ -51,7 +52,7 @@ def g_does_not_reduce(patch: pytest.MonkeyPatch) -> None:
 def qkv_sliced_contiguously(patch: pytest.MonkeyPatch) -> None:
     right = weights.shard
 
-    def contiguous(full: Tensor, spec: weights.ParameterSpec, tp_rank: int, tp_size: int) -> Tensor:
+    def contiguous(full: Tensor, spec: ParameterSpec, tp_rank: int, tp_size: int) -> Tensor:
         fused = len(spec.parts) > 1
         return full.chunk(tp_size)[tp_rank] if fused else right(full, spec, tp_rank, tp_size)
 

@@ -127,8 +127,8 @@ SLIPS = [
                 "self.attention_norm = build_norm(model.hidden_size, model.norm_epsilon)",
                 "self.attention_norm = build_norm(model.hidden_size)",
             ),
-            "exact_gelu": ('F.gelu(up, approximate="tanh")', "F.gelu(up)"),
-            "gate_and_up_swapped": ("F.silu(gate) * up", "gate * F.silu(up)"),
+            "exact_gelu": ('partial(F.gelu, approximate="tanh")', "F.gelu"),
+            "gate_and_up_swapped": ("self.activation(gate) * up", "gate * self.activation(up)"),
         },
     ),
     *slips(
@@ -186,15 +186,19 @@ SLIPS = [
         False,
         {
             "flops_twice_forward": ("return 3 * (blocks", "return 2 * (blocks"),
-            "attention_halved": ("// (2 if causal else 1)", "// 2"),
+            "attention_halved": ("// (2 if half else 1)", "// 2"),
             "head_not_counted": ("return 3 * (blocks + head_forward_flops(model))", "return 3 * blocks"),
-            "tied_head_counted": (
-                "return norm + (0 if model.tie_word_embeddings else",
-                "return norm + (0 if False else",
-            ),
+        },
+    ),
+    *slips(
+        "harness/spec/parameters.py",
+        "tests/test_counts.py",
+        False,
+        {
+            "tied_head_counted": ("if not model.tie_word_embeddings:", "if True:"),
             "kv_heads_as_many_as_heads": (
-                "keys = model.num_key_value_heads * model.head_dim\n    projections",
-                "keys = queries\n    projections",
+                "kv_size = model.num_key_value_heads * model.head_dim",
+                "kv_size = model.num_attention_heads * model.head_dim",
             ),
         },
     ),
@@ -203,11 +207,7 @@ SLIPS = [
         "tests/test_memory.py",
         False,
         {
-            "one_micro_batch_less_in_flight": ("min(num_stages - stage, num", "min(num_stages - stage - 1, num"),
-            "activations_of_one_micro_batch": (
-                "micro_batches_in_flight(stage, num_stages, config.num_micro_batches) * (kept",
-                "1 * (kept",
-            ),
+            "activations_of_one_micro_batch": ("micro_batches_in_flight * (kept", "1 * (kept"),
             "no_fp32_copy": ('if zero or precision != "fp32" else 0\n', "if zero else 0\n"),
             "moments_not_split": ('config.parallel.dp if zero or precision == "bf16" else 1', "1"),
         },

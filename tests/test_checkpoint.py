@@ -27,12 +27,14 @@ from harness.corpus import Corpus
 from harness.errors import ConfigError
 from harness.launch.train import data_identity, main
 from harness.model.groups import TensorParallel
-from harness.model.weights import parameter_table, shard
+from harness.model.loss import IGNORE_INDEX
+from harness.model.weights import shard
 from harness.record.store import read_json, read_jsonl, write_json
 from harness.run.checkpoint import boxes_of, check_tensors, rectangles, tensor_shapes
-from harness.run.data import IGNORE_INDEX, HeldOutSamples
+from harness.run.data import HeldOutSamples
 from harness.spec.config import RunConfig
 from harness.spec.identity import identity
+from harness.spec.parameters import parameter_table
 from harness.spec.resolve import load_config
 
 TINY = [

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.spec.config import Model
 from harness.spec.counts import (
-    BYTES_PER_VALUE,
     block_forward_flops,
     block_parameters,
     embedding_parameters,
@@ -20,7 +19,6 @@ from harness.spec.counts import (
     stage_counts,
     training_flops_per_token,
 )
-from harness.spec.transformers_config import GPT2_SHAPE, LLAMA_SHAPE
 from tests.helpers import make_config
 
 SHAPE: dict[str, Any] = {
@@ -71,8 +69,8 @@ def test_training_flops(model: Model) -> None:
 def build_reference(model: Model) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    shape = GPT2_SHAPE if model.family == "gpt2" else LLAMA_SHAPE
-    settings = {theirs: getattr(model, ours) for ours, theirs in shape.items()} | {"attn_implementation": "eager"}
+    keys = model.architecture.transformers.keys
+    settings = {theirs: getattr(model, ours) for ours, theirs in keys.items()} | {"attn_implementation": "eager"}
     return (
         GPT2LMHeadModel(GPT2Config(**settings)) if model.family == "gpt2" else LlamaForCausalLM(LlamaConfig(**settings))
     )
@@ -122,8 +120,3 @@ def test_stages_add_up_to_the_model(name: str, layers: list[int]) -> None:
     assert 3 * sum(stage.forward_flops for stage in stages) == tokens * training_flops_per_token(
         model, train.sequence_length
     )
-
-
-def test_bytes_per_value() -> None:
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    assert {precision: dtype.itemsize for precision, dtype in types.items()} == BYTES_PER_VALUE

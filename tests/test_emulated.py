@@ -12,9 +12,10 @@ from harness.errors import ConfigError
 from harness.model.emulated import EmulatedBlock
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
-from harness.model.weights import initialize, parameter_table
+from harness.model.weights import initialize
 from harness.record.metrics import is_oversubscribed
 from harness.spec.config import EmulatedModel, RunConfig
+from harness.spec.parameters import parameter_table
 from harness.spec.partition import layers_per_stage
 
 FAST = ("model=emulated", "model.forward_seconds=0.01", "model.backward_seconds=0.02")

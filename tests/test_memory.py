@@ -9,6 +9,7 @@ import torch
 from helpers_model import saved_bytes
 
 from harness.model.block import TransformerBlock
+from harness.model.emulated import EmulatedBlock
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.plan.memory import (
@@ -16,13 +17,10 @@ from harness.plan.memory import (
     gradient_bytes_per_parameter,
     memory_beside_measured,
     memory_per_stage,
-    micro_batches_in_flight,
     optimizer_bytes_per_parameter,
-    stage_parameters_per_rank,
 )
 from harness.spec.config import Model, RunConfig
-from harness.spec.counts import flops_conventions, stage_counts
-from harness.spec.schedules import build_schedule
+from harness.spec.counts import flops_conventions, stage_counts, stage_parameters_per_rank
 from tests.helpers import make_config
 
 
@@ -154,14 +152,12 @@ def test_pytorch_keeps_as_much_for_backward() -> None:
     assert saved_bytes_per_token(llama.model, torch.float32) == counted + norms + rotary
 
 
-@pytest.mark.parametrize(("p", "m"), list(product(range(1, 6), range(1, 8))))
-def test_micro_batches_in_flight_follow_from_the_schedule(p: int, m: int) -> None:
-    for stage, instructions in enumerate(build_schedule("1f1b", p, m).stages):
-        now, most = 0, 0
-        for instruction in instructions:
-            now += (instruction.kind == "forward") - (instruction.kind == "backward")
-            most = max(most, now)
-        assert micro_batches_in_flight(stage, p, m) == most
+def test_a_block_that_waits_keeps_nothing_and_holds_its_vector_whole() -> None:
+    config = make_config("model=emulated", "model.forward_seconds=0", "model.backward_seconds=0")
+    block = EmulatedBlock(config.model, TensorParallel.single(), activation_checkpointing=False)
+    assert saved_bytes(block, torch.randn(2, 8, 64, requires_grad=True)) == 0
+    assert block_activation_bytes_per_token(config.model, config.parallel, "fp32") == 0
+    assert stage_parameters_per_rank(config.model, 2, 1, first=False, last=False) == 64
 
 
 def test_activations_of_stages_by_hand() -> None:

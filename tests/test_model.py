@@ -16,9 +16,10 @@ from harness.model.families import SingleStage, build_layers, describe_layers, l
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 from harness.model.transformers_weights import to_transformers
-from harness.model.weights import initialize, parameter_table, shard
+from harness.model.weights import initialize, shard
 from harness.spec import counts
 from harness.spec.config import Model
+from harness.spec.parameters import parameter_table
 
 SINGLE = TensorParallel.single()
 MODELS = {

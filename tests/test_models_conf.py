@@ -12,7 +12,6 @@ import torch
 
 from harness.spec.config import REPOSITORY, Model
 from harness.spec.counts import parameters
-from harness.spec.transformers_config import GPT2_SHAPE, LLAMA_SHAPE
 from tests.helpers import make_config
 
 SYNTHETIC = {"hf", "emulated"}  # no shape of their own, no computation
@@ -38,8 +37,7 @@ def transformers_model(model: Model, **changes: Any) -> torch.nn.Module:
     """The same shape in transformers, on the meta device."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    shape = GPT2_SHAPE if model.family == "gpt2" else LLAMA_SHAPE
-    settings = {theirs: getattr(model, ours) for ours, theirs in shape.items()} | changes
+    settings = {theirs: getattr(model, ours) for ours, theirs in model.architecture.transformers.keys.items()} | changes
     with torch.device("meta"):
         if model.family == "gpt2":
             return GPT2LMHeadModel(GPT2Config(**settings))

@@ -9,7 +9,7 @@ import pytest
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 
 from harness.spans.span import KINDS, RECEIVE_OF_SEND
-from harness.spec.schedules import Instruction, Schedule, build_schedule
+from harness.spec.schedules import Schedule, build_schedule
 
 CLASS_OF_KIND = {
     "load": "LoadMicroBatch",
@@ -69,19 +69,11 @@ def messages(schedule: Schedule, kind: str, stage: int, peer: int) -> list[int]:
     return [i.micro_batch for i in schedule.stages[stage] if i.kind == kind and i.peer == peer]
 
 
-def most_in_flight(instructions: list[Instruction]) -> int:
-    most = now = 0
-    for instruction in instructions:
-        now += (instruction.kind == "forward") - (instruction.kind == "backward")
-        most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize(("p", "m"), list(product(range(1, 6), range(1, 9))))
 def test_forward_passes_in_flight(p: int, m: int) -> None:
     """arXiv 2104.04473: GPipe keeps all micro-batches, 1F1B as many as stages follow, itself included."""
-    assert [most_in_flight(stage) for stage in build_schedule("gpipe", p, m).stages] == [m] * p
-    assert [most_in_flight(stage) for stage in build_schedule("1f1b", p, m).stages] == [min(p - s, m) for s in range(p)]
+    assert build_schedule("gpipe", p, m).micro_batches_in_flight == [m] * p
+    assert build_schedule("1f1b", p, m).micro_batches_in_flight == [min(p - s, m) for s in range(p)]
 
 
 def test_interleaved_begins_as_in_the_paper() -> None:

@@ -39,14 +39,15 @@ def test_groups_of_a_small_layout() -> None:
     assert topology.rank(pp=1, tp=1) == 5
 
 
+def test_ranks_by_pipeline_stage_and_replica() -> None:
+    topology = Topology(pp=2, dp=2, tp=2)
+    assert topology.pipelines() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert topology.stages() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert topology.arranged(range(8)) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
 def test_tp_subgroups() -> None:
     topology = Topology(pp=1, dp=2, tp=4)
     assert topology.tp_subgroups(2) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert topology.tp_subgroups(4) == topology.groups("tp")
     assert topology.tp_subgroups(1) == [[rank] for rank in range(8)]
-
-
-def test_ranks_by_replica_stage_and_neighbour() -> None:
-    topology = Topology(pp=2, dp=2, tp=2)  # tensor-parallel ranks are innermost, stages outermost
-    assert topology.arranged(range(8)) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
-    assert topology.pipelines() == [[0, 4], [1, 5], [2, 6], [3, 7]]

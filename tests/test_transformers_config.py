@@ -10,9 +10,11 @@ import pytest
 
 from harness.errors import ConfigError
 from harness.spec.config import RunConfig
-from harness.spec.transformers_config import GPT2_FIXED, LLAMA_FIXED, read_transformers_config, resolve_model
+from harness.spec.families import gpt2, llama
+from harness.spec.transformers_config import read_transformers_config, resolve_model
 from tests.helpers import make_config
 
+GPT2_FIXED, LLAMA_FIXED = (family.ARCHITECTURE.transformers.fixed for family in (gpt2, llama))
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 GPT2 = {
     "model_type": "gpt2",

@@ -14,7 +14,8 @@ from harness.errors import ConfigError
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.transformers_weights import from_transformers, to_transformers
-from harness.model.weights import ParameterSpec, draw, initialize, load_full, parameter_table, shard, unshard
+from harness.model.weights import draw, initialize, load_full, shard, unshard
+from harness.spec.parameters import ParameterSpec, parameter_table
 
 GPT2 = tiny_model(tie_word_embeddings=False)
 LLAMA = tiny_model("llama", num_key_value_heads=2, tie_word_embeddings=False)
@@ -162,5 +163,5 @@ def test_weights_of_another_model_are_refused() -> None:
     del converted["model.norm.weight"]
     with pytest.raises(ConfigError, match=r"have no model.norm.weight"):
         from_transformers(converted, LLAMA)
-    with pytest.raises(ConfigError, match="can't be a GPT-2"):
+    with pytest.raises(ConfigError, match="can't be a gpt2 of transformers"):
         to_transformers({}, tiny_model(num_key_value_heads=2))

@@ -1,4 +1,4 @@
-"""The transformer block of both families: GPT-2 (pre-LayerNorm, GELU) and Llama (RMSNorm, SwiGLU).
+"""The transformer block, of every family whose blocks compute: what differs is in `model.architecture`.
 
 One sub-layer costs one all-reduce forward and one backward (arXiv 1909.08053, section 3). With sequence
 parallelism (arXiv 2205.05198) these are a gather and a reduce-scatter each, and backward one more gather; norms,
@@ -6,6 +6,9 @@ residuals and dropout then see a slice of the sequence. In shapes, `slice` is `s
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +19,20 @@ from harness.model.collectives import gather_last_dim
 from harness.model.dropout import Dropout, RandomStreams
 from harness.model.groups import TensorParallel
 from harness.model.layers import ColumnParallelLinear, RowParallelLinear
-from harness.model.weights import has_biases, mlp_parts, qkv_parts
+from harness.spec.architecture import DOWN, OUTPUT, QKV, UP
 from harness.spec.config import Model
+from harness.spec.parameters import mlp_parts, qkv_parts
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def norm_class(model: Model) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
     """Normalization of the family; takes (hidden_size, epsilon). Whole on every rank."""
-    return nn.LayerNorm if model.family == "gpt2" else nn.RMSNorm
+    found: type[nn.LayerNorm] | type[nn.RMSNorm] = getattr(nn, model.architecture.norm.torch_class)
+    return found
 
 
 class RotaryPositions(nn.Module):
@@ -59,7 +69,7 @@ class RotaryPositions(nn.Module):
 
 
 class ParallelAttention(nn.Module):
-    """Causal self-attention; each rank computes num_attention_heads/tp heads.
+    """Self-attention; each rank computes num_attention_heads/tp heads.
 
     With fewer key-value heads than ranks, the tp/kv neighbours that serve one head own a slice of
     its rows each and exchange the slices of keys and values: no weight exists twice, so no gradient
@@ -71,11 +81,13 @@ class ParallelAttention(nn.Module):
         self.tp = tp
         self.head_dim = model.head_dim
         self.grouped = model.num_key_value_heads < model.num_attention_heads
-        parts, bias = qkv_parts(model), has_biases(model)
-        self.qkv = ColumnParallelLinear(model.hidden_size, [size for _, size in parts], bias, tp)
-        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if model.family == "llama" else None
+        family, sizes = model.architecture, [size for _, size in qkv_parts(model)]
+        self.causal = family.causal
+        self.qkv = ColumnParallelLinear(model.hidden_size, sizes, QKV in family.biases, tp)
+        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if family.positions == "rotary" else None
         self.dropout = Dropout(model.dropout, streams, f"{name}.probabilities", tp.rank)
-        self.output = RowParallelLinear(model.num_attention_heads * model.head_dim, model.hidden_size, bias, tp)
+        width = model.num_attention_heads * model.head_dim
+        self.output = RowParallelLinear(width, model.hidden_size, OUTPUT in family.biases, tp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden]."""
@@ -89,7 +101,7 @@ class ParallelAttention(nn.Module):
         # enable_gqa beats repeated keys on CPU; either way this is flash attention (on CPU without dropout only).
         with self.dropout.stream(query.device):
             context = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=self.dropout.current_rate, is_causal=True, enable_gqa=self.grouped
+                query, key, value, dropout_p=self.dropout.current_rate, is_causal=self.causal, enable_gqa=self.grouped
             )
         output: Tensor = self.output(context.transpose(1, 2).flatten(-2))
         return output
@@ -100,23 +112,24 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMLP(nn.Module):
-    """Feed-forward layer: GELU (tanh form) for GPT-2, SwiGLU (arXiv 2002.05202) for Llama."""
+    """Feed-forward layer: an activation between two projections, gated (arXiv 2002.05202) or not."""
 
     def __init__(self, model: Model, tp: TensorParallel) -> None:
         super().__init__()
-        self.gated = model.family == "llama"
-        parts, bias = mlp_parts(model), has_biases(model)
-        self.up = ColumnParallelLinear(model.hidden_size, [size for _, size in parts], bias, tp)
-        self.down = RowParallelLinear(model.intermediate_size, model.hidden_size, bias, tp)
+        family, sizes = model.architecture, [size for _, size in mlp_parts(model)]
+        self.gated = family.gated
+        self.activation = ACTIVATIONS[family.activation]
+        self.up = ColumnParallelLinear(model.hidden_size, sizes, UP in family.biases, tp)
+        self.down = RowParallelLinear(model.intermediate_size, model.hidden_size, DOWN in family.biases, tp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden]."""
         if self.gated:
             gate, up = self.up(hidden)
-            activated = F.silu(gate) * up
+            activated = self.activation(gate) * up
         else:
             (up,) = self.up(hidden)
-            activated = F.gelu(up, approximate="tanh")
+            activated = self.activation(up)
         output: Tensor = self.down(activated)
         return output
 

@@ -50,13 +50,13 @@ def describe_layers(
     vocabulary = (model.padded_vocab_size(tp.size), model.hidden_size, tp)
     key = "embedding" if model.tie_word_embeddings else None
     layers = [LayerDescription("embedding", VocabParallelEmbedding, vocabulary, key)]
-    if model.family == "gpt2":
+    if model.architecture.positions == "learned":
         positions = (model.max_position_embeddings, model.hidden_size, tp)
         layers.append(LayerDescription("position_embedding", PositionEmbedding, positions))
     if model.dropout > 0:
         dropout = (model.dropout, streams, "embedding", tp.slice_rank)
         layers.append(LayerDescription("embedding_dropout", Dropout, dropout))
-    block_class = EmulatedBlock if model.family == "emulated" else TransformerBlock
+    block_class = TransformerBlock if model.architecture.computes else EmulatedBlock
     for name in (f"blocks.{index}" for index in range(model.num_hidden_layers)):
         block = (model, tp, activation_checkpointing, name, streams)
         layers.append(LayerDescription(name, block_class, block))

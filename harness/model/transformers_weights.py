@@ -1,7 +1,7 @@
 """Weights of `transformers` models to and from ours, by name alone; no `transformers` needed.
 
 Both sides use the same layout of heads and rotary positions, so conversion is renaming, splitting
-or fusing projections, and for GPT-2 transposing (its Conv1D keeps weights [in, out]).
+or fusing projections, and for some (GPT-2's Conv1D) transposing: `model.architecture.transformers` says which.
 """
 
 from __future__ import annotations
@@ -13,33 +13,9 @@ import torch
 from torch import Tensor
 
 from harness.errors import ConfigError
-from harness.model.weights import parameter_table
+from harness.spec.architecture import TransformersFormat
 from harness.spec.config import Model
-
-GPT2_NAMES = {
-    "embedding": ("transformer.wte",),
-    "position_embedding": ("transformer.wpe",),
-    "attention_norm": ("transformer.h.{i}.ln_1",),
-    "attention.qkv": ("transformer.h.{i}.attn.c_attn",),
-    "attention.output": ("transformer.h.{i}.attn.c_proj",),
-    "mlp_norm": ("transformer.h.{i}.ln_2",),
-    "mlp.up": ("transformer.h.{i}.mlp.c_fc",),
-    "mlp.down": ("transformer.h.{i}.mlp.c_proj",),
-    "final_norm": ("transformer.ln_f",),
-    "head": ("lm_head",),
-}
-LLAMA_NAMES = {
-    "embedding": ("model.embed_tokens",),
-    "attention_norm": ("model.layers.{i}.input_layernorm",),
-    "attention.qkv": tuple(f"model.layers.{{i}}.self_attn.{part}_proj" for part in ("q", "k", "v")),
-    "attention.output": ("model.layers.{i}.self_attn.o_proj",),
-    "mlp_norm": ("model.layers.{i}.post_attention_layernorm",),
-    "mlp.up": ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
-    "mlp.down": ("model.layers.{i}.mlp.down_proj",),
-    "final_norm": ("model.norm",),
-    "head": ("lm_head",),
-}
-"""Module of ours -> modules of `transformers`, one per part where it keeps parts apart."""
+from harness.spec.parameters import parameter_table
 
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Constants in older files: causal masks and rotary frequencies."""
@@ -53,10 +29,9 @@ def to_transformers(full_state: Mapping[str, Tensor], model: Model) -> dict[str,
     Raises:
         ConfigError: the shape has no counterpart in `transformers`.
     """
-    _check_convertible(model)
-    state = {}
+    written, state = _format(model), {}
     for name, spec in parameter_table(model).items():
-        theirs, transposed = _counterparts(name, model)
+        theirs, transposed = _counterparts(name, written)
         full = full_state[name]
         pieces = torch.split(full, [size for _, size in spec.parts]) if len(theirs) > 1 else (full,)
         for their_name, piece in zip(theirs, pieces, strict=True):
@@ -72,13 +47,13 @@ def from_transformers(state: Mapping[str, Tensor], model: Model) -> dict[str, Te
     Raises:
         ConfigError: weights are missing, of another shape, or left over.
     """
-    _check_convertible(model)
-    left = {_with_prefix(name, model): tensor for name, tensor in state.items() if not BUFFERS.search(name)}
+    written = _format(model)
+    left = {_with_prefix(name, written): tensor for name, tensor in state.items() if not BUFFERS.search(name)}
     if model.tie_word_embeddings:
         left.pop("lm_head.weight", None)
     full_state = {}
     for name, spec in parameter_table(model).items():
-        theirs, transposed = _counterparts(name, model)
+        theirs, transposed = _counterparts(name, written)
         missing = [their_name for their_name in theirs if their_name not in left]
         if missing:
             raise ConfigError(f"the weights have no {missing[0]}; the files are not those of model={model.name}")
@@ -95,30 +70,35 @@ def from_transformers(state: Mapping[str, Tensor], model: Model) -> dict[str, Te
     return full_state
 
 
-def _check_convertible(model: Model) -> None:
-    if model.family == "emulated":
-        raise ConfigError(f"model={model.name} waits instead of computing and has no counterpart in transformers")
+def _format(model: Model) -> TransformersFormat:
+    """How its family is written there.
+
+    Raises:
+        ConfigError: it is not, or not in this shape.
+    """
+    written = model.architecture.transformers
+    if written is None:
+        raise ConfigError(f"model={model.name} has no counterpart in transformers: {model.architecture.summary}")
     grouped = model.num_key_value_heads != model.num_attention_heads
     widened = model.num_attention_heads * model.head_dim != model.hidden_size
-    if model.family == "gpt2" and (grouped or widened):
+    if (grouped and "num_key_value_heads" not in written.keys) or (widened and "head_dim" not in written.keys):
         raise ConfigError(
-            f"model={model.name} can't be a GPT-2 of transformers, which has as many key-value heads as heads "
+            f"model={model.name} can't be a {model.family} of transformers, which has as many key-value heads as heads "
             "and head_dim = hidden_size / num_attention_heads; use family=llama"
         )
+    return written
 
 
-def _counterparts(name: str, model: Model) -> tuple[list[str], bool]:
+def _counterparts(name: str, written: TransformersFormat) -> tuple[list[str], bool]:
     """Names in `transformers` of a parameter of ours, and whether the matrix is transposed there."""
     path, _, leaf = name.rpartition(".")
     index = ""
     if path.startswith("blocks."):
         _, index, path = path.split(".", 2)
-    names = (GPT2_NAMES if model.family == "gpt2" else LLAMA_NAMES)[path]
-    is_conv1d = model.family == "gpt2" and path.startswith(("attention.", "mlp."))
-    return [f"{their_name.format(i=index)}.{leaf}" for their_name in names], is_conv1d and leaf == "weight"
+    theirs = [f"{module.format(i=index)}.{leaf}" for module in written.modules[path]]
+    return theirs, path in written.transposed and leaf == "weight"
 
 
-def _with_prefix(name: str, model: Model) -> str:
-    if model.family == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
-        return f"transformer.{name}"
-    return name
+def _with_prefix(name: str, written: TransformersFormat) -> str:
+    has_it = name.startswith((written.optional_prefix, *written.modules["head"]))
+    return name if has_it else written.optional_prefix + name

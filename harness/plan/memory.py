@@ -25,10 +25,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from harness.spec.config import Model, Parallel, RunConfig
-from harness.spec.counts import BYTES_PER_VALUE, block_parameters, embedding_parameters, head_parameters
+from harness.spec.counts import stage_parameters_per_rank
+from harness.spec.precision import PRECISIONS, PrecisionName
+from harness.spec.schedules import build_schedule
 from harness.spec.topology import Topology
 
-FP32_BYTES = 4
+FP32_BYTES = PRECISIONS["fp32"].bytes_per_value
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class StageMemory:
 def memory_per_stage(config: RunConfig, layers_per_stage: Sequence[int]) -> list[StageMemory]:
     """Counted memory of one rank of every stage, in order."""
     parallel, train = config.parallel, config.train
-    p, value = len(layers_per_stage), BYTES_PER_VALUE[train.precision]
+    p, value = len(layers_per_stage), PRECISIONS[train.precision].bytes_per_value
+    in_flight = build_schedule(parallel.schedule, p, config.num_micro_batches).micro_batches_in_flight
     stages = []
     for stage, layers in enumerate(layers_per_stage):
         held = stage_parameters_per_rank(config.model, parallel.tp, layers, stage == 0, stage == p - 1)
@@ -68,9 +71,9 @@ def memory_per_stage(config: RunConfig, layers_per_stage: Sequence[int]) -> list
                 parameter_bytes=held * value,
                 gradient_bytes=held * gradient_bytes_per_parameter(config),
                 optimizer_bytes=held * optimizer_bytes_per_parameter(config),
-                activation_bytes=activation_bytes(config, layers, stage, p),
+                activation_bytes=activation_bytes(config, layers, stage, p, in_flight[stage]),
                 buffer_bytes=received * ((stage > 0) + (stage < p - 1)),
-                micro_batches_in_flight=micro_batches_in_flight(stage, p, config.num_micro_batches),
+                micro_batches_in_flight=in_flight[stage],
             )
         )
     return stages
@@ -86,45 +89,24 @@ def memory_beside_measured(
             buffers of communication: a few hundred MiB that are not counted.
     """
     parallel = config.parallel
-    topology = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
+    stages = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp).stages()
     measured = "resident memory of the process" if device_kind == "cpu" else "allocated by torch on the device"
     return [
         {
             "stage": stage,
             **asdict(counted),
             "total_bytes": counted.total_bytes,
-            "measured_peak_bytes": max(
-                peak for rank, peak in enumerate(peak_bytes) if topology.coordinate(rank).pp == stage
-            ),
+            "measured_peak_bytes": max(peak_bytes[rank] for rank in ranks),
             "measured": measured,
         }
-        for stage, counted in enumerate(memory_per_stage(config, layers_per_stage))
+        for stage, (ranks, counted) in enumerate(zip(stages, memory_per_stage(config, layers_per_stage), strict=True))
     ]
-
-
-def stage_parameters_per_rank(model: Model, tp: int, layers: int, first: bool, last: bool) -> int:
-    """Parameters on one tensor-parallel rank of a stage.
-
-    Matrices, their column-parallel biases and the padded vocabulary are split; norms, row-parallel biases and
-    positions are whole on every rank. A tied embedding is on the first and on the last stage.
-    """
-    hidden = model.hidden_size
-    whole = 6 * hidden if model.family == "gpt2" else 2 * hidden  # gpt2: two norms, two biases
-    vocabulary = model.padded_vocab_size(tp) // tp * hidden
-    positions = embedding_parameters(model) - model.vocab_size * hidden
-    final_norm = head_parameters(model) - (0 if model.tie_word_embeddings else model.vocab_size * hidden)
-    held = layers * (whole + (block_parameters(model) - whole) // tp)
-    if first:
-        held += vocabulary + positions
-    if last:
-        held += final_norm + (0 if model.tie_word_embeddings and first else vocabulary)
-    return held
 
 
 def gradient_bytes_per_parameter(config: RunConfig) -> int:
     """The gradient, and in bf16 DeepSpeed's separate sum over micro-batches."""
-    sums = BYTES_PER_VALUE[config.gradient_dtype] if config.train.precision == "bf16" else 0
-    return BYTES_PER_VALUE[config.train.precision] + sums
+    sums = PRECISIONS[config.gradient_dtype].bytes_per_value if config.train.precision == "bf16" else 0
+    return PRECISIONS[config.train.precision].bytes_per_value + sums
 
 
 def optimizer_bytes_per_parameter(config: RunConfig) -> float:
@@ -138,31 +120,30 @@ def optimizer_bytes_per_parameter(config: RunConfig) -> float:
     return (moments + copy) / (config.parallel.dp if zero or precision == "bf16" else 1)
 
 
-def micro_batches_in_flight(stage: int, num_stages: int, num_micro_batches: int) -> int:
-    """min(p - s, m): 1F1B's peak on stage s (arXiv 2104.04473, section 2.2)."""
-    return min(num_stages - stage, num_micro_batches)
-
-
 def num_slices(parallel: Parallel) -> int:
     """Ranks over which what is between attention and feed-forward layers is sliced."""
     return parallel.tp if parallel.sequence_parallel else 1
 
 
-def block_activation_bytes_per_token(model: Model, parallel: Parallel, precision: str) -> float:
+def block_activation_bytes_per_token(model: Model, parallel: Parallel, precision: PrecisionName) -> float:
     """What one block saves for backward, on one rank."""
-    tp, slices, value = parallel.tp, num_slices(parallel), BYTES_PER_VALUE[precision]
+    family = model.architecture
+    if not family.computes:
+        return 0.0
+    tp, slices, value = parallel.tp, num_slices(parallel), PRECISIONS[precision].bytes_per_value
     queries = model.num_attention_heads // tp * model.head_dim
     keys = max(model.num_key_value_heads // tp, 1) * model.head_dim  # ranks may share a head
     inner = model.intermediate_size // tp
-    gpt2 = model.family == "gpt2"
-    attention = (2 if gpt2 else 3) * (queries + keys)
-    values = 4 * model.hidden_size / slices + attention + (2 if gpt2 else 4) * inner
-    statistics = model.num_attention_heads // tp + (4 if gpt2 else 2) / slices  # a LayerNorm: mean and deviation
+    attention = (3 if family.positions == "rotary" else 2) * (queries + keys)
+    values = 4 * model.hidden_size / slices + attention + (4 if family.gated else 2) * inner
+    statistics = model.num_attention_heads // tp + 2 * family.norm.num_statistics / slices
     masks = 2 * model.hidden_size / slices if model.dropout > 0 else 0
     return values * value + statistics * FP32_BYTES + masks
 
 
-def activation_bytes(config: RunConfig, layers: int, stage: int, num_stages: int) -> float:
+def activation_bytes(
+    config: RunConfig, layers: int, stage: int, num_stages: int, micro_batches_in_flight: int
+) -> float:
     """Activations on one rank of a stage at their peak.
 
     Per micro-batch in flight: what the blocks save (with activation checkpointing their inputs, and all of
@@ -171,7 +152,7 @@ def activation_bytes(config: RunConfig, layers: int, stage: int, num_stages: int
     of the micro-batch before until they are overwritten.
     """
     model, train = config.model, config.train
-    value = BYTES_PER_VALUE[train.precision]
+    value = PRECISIONS[train.precision].bytes_per_value
     slices = num_slices(config.parallel)
     hidden = model.hidden_size * value / slices
     block = block_activation_bytes_per_token(model, config.parallel, train.precision)
@@ -180,7 +161,7 @@ def activation_bytes(config: RunConfig, layers: int, stage: int, num_stages: int
     ends = hidden * ((stage > 0) + (stage < num_stages - 1))
     if stage == 0 and model.dropout > 0:
         ends += model.hidden_size / slices  # the embedding's mask
-    per_token = micro_batches_in_flight(stage, num_stages, config.num_micro_batches) * (kept + ends)
+    per_token = micro_batches_in_flight * (kept + ends)
     if checkpointing:
         per_token += block
     if stage == num_stages - 1:
@@ -190,7 +171,7 @@ def activation_bytes(config: RunConfig, layers: int, stage: int, num_stages: int
 
 def head_activation_bytes_per_token(config: RunConfig) -> float:
     """Logits of this and the last micro-batch, their exponentials in fp32 and, below fp32, in the model's type."""
-    value = BYTES_PER_VALUE[config.train.precision]
+    value = PRECISIONS[config.train.precision].bytes_per_value
     columns = config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
     logits = value * min(2, config.num_micro_batches)
     exponentials = FP32_BYTES + (value if value < FP32_BYTES else 0)

@@ -139,7 +139,7 @@ def is_oversubscribed(config: RunConfig, machine: Machine) -> bool:
 
 def computes(config: RunConfig) -> bool:
     """Whether the model does; an emulated one waits, and what it would compute means nothing."""
-    return config.model.family != "emulated"
+    return config.model.architecture.computes
 
 
 def summarize(

@@ -57,10 +57,10 @@ from harness.checkpoints import (
 )
 from harness.errors import ConfigError
 from harness.model.groups import TensorParallel
-from harness.model.weights import ParameterSpec, parameter_table
 from harness.record.store import write_json
 from harness.run.engines.engine import Engine, Progress
 from harness.spec.config import RunConfig, Train
+from harness.spec.parameters import ParameterSpec, parameter_table
 
 
 def state_kinds(train: Train) -> tuple[str, ...]:

@@ -37,12 +37,14 @@ from torch import Tensor
 
 from harness.model.dropout import stream_seed
 from harness.model.loss import IGNORE_INDEX
-from harness.model.weights import parameter_table, unshard
+from harness.model.precision import dtype_of
+from harness.model.weights import unshard
 from harness.record.heartbeat import Phase, no_phase
 from harness.run.data import MicroBatch, micro_batches
 from harness.run.engines.engine import Before, Engine, build_engine
 from harness.run.engines.torch.engine import TorchEngine
 from harness.spec.config import Model, RunConfig
+from harness.spec.parameters import parameter_table
 
 MOST_REPETITIONS = 64
 """Of a step that overflows in fp16: more often than a loss scale can be halved."""
@@ -147,7 +149,7 @@ class Reference(TorchEngine):
 
     def __init__(self, config: RunConfig, weights: Tensors, learning_rates: Sequence[float]) -> None:
         # Rounded as the layout's are, then exact.
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+        dtype = dtype_of(config.train.precision)
         own = {name: weight.to(dtype).double() for name, weight in weights.items()}
         without = {"activation_checkpointing": "none"}
         config = config.model_copy(update={"train": config.train.model_copy(update=without)})

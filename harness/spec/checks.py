@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from harness.checkpoints import check_resume
@@ -10,10 +11,8 @@ from harness.machine import Machine
 from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
+from harness.spec.precision import PRECISIONS
 from harness.spec.schedules import SCHEDULES, Stage
-
-SMALLEST_COMPUTE_CAPABILITY = {"fp16": 7.0, "bf16": 8.0}
-"""Of a GPU, by precision: what DeepSpeed asks for, and the first with matrix units for bf16 (Ampere)."""
 
 
 def check(config: RunConfig, machine: Machine) -> None:
@@ -49,7 +48,7 @@ def _check_model(config: RunConfig) -> None:
             f"model.num_attention_heads={model.num_attention_heads}; "
             f"use one of {_divisors(model.num_attention_heads)}"
         )
-    if model.family == "llama" and model.head_dim % 2:
+    if model.architecture.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(
             f"model.head_dim={model.head_dim} is odd, but rotary positions turn pairs of values; use an even width"
         )
@@ -149,12 +148,12 @@ def _check_training(config: RunConfig, machine: Machine) -> None:
         raise ConfigError(f"train.adam_betas={train.adam_betas} must be below 1; the usual values are [0.9, 0.95]")
     if machine.device_kind == "cpu" and train.precision == "fp16":
         raise ConfigError("train.precision=fp16 is not supported on CPU by DeepSpeed; use fp32 or bf16")
-    needed = SMALLEST_COMPUTE_CAPABILITY.get(train.precision, 0.0)
-    if machine.compute_capability is not None and machine.compute_capability < needed:
+    needed, found = PRECISIONS[train.precision].smallest_compute_capability, machine.compute_capability
+    if found is not None and found < needed:
+        fits = [name for name, other in PRECISIONS.items() if other.smallest_compute_capability <= found]
         raise ConfigError(
             f"train.precision={train.precision} needs a GPU of compute capability {needed} or above, but "
-            f"{machine.device_name} has {machine.compute_capability}; use fp32"
-            + (" or fp16" if machine.compute_capability >= SMALLEST_COMPUTE_CAPABILITY["fp16"] else "")
+            f"{machine.device_name} has {found}; use {_or(fits)}"
         )
     engine_kind(config.parallel.engine).check(config)
 
@@ -209,7 +208,7 @@ def _divisors(number: int, limit: int | None = None) -> list[int]:
     return [d for d in range(1, min(number, limit or number) + 1) if number % d == 0]
 
 
-def _or(values: list[int]) -> str:
+def _or(values: Sequence[object]) -> str:
     """`1, 2 or 4`."""
     *head, last = [str(value) for value in values]
     return f"{', '.join(head)} or {last}" if head else last

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic_core import PydanticKnownError
+
+from harness.spec.architecture import Architecture
+from harness.spec.families import FAMILIES
+from harness.spec.precision import PrecisionName
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -32,14 +37,24 @@ class Section(BaseModel):
     )
 
 
+def _known_family(name: Any) -> Any:
+    """One of the table, also one that was added to it later."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        *most, last = map(repr, FAMILIES)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(most)} or {last}"})
+    return name
+
+
 class Model(Section):
     """Shape of the transformer, in the names of `transformers` configurations."""
 
     name: str
     """Label for tables."""
-    family: Literal["gpt2", "llama", "emulated"]
-    """gpt2: pre-LayerNorm, learned positions, GELU. llama: RMSNorm, rotary positions, SwiGLU.
-    emulated: blocks that wait (`EmulatedModel`)."""
+    family: Annotated[
+        str,
+        BeforeValidator(_known_family),
+        Field(description="; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())),
+    ]
     num_hidden_layers: PositiveInt
     hidden_size: PositiveInt
     num_attention_heads: PositiveInt
@@ -62,6 +77,11 @@ class Model(Section):
     """Probability of dropping a value of the embedding, of the attention's probabilities and of what attention
     and feed-forward layer add to the residual stream; one for all, as in GPT-2."""
 
+    @property
+    def architecture(self) -> Architecture:
+        """What its family is."""
+        return FAMILIES[self.family]
+
     def padded_vocab_size(self, tp: int) -> int:
         """Vocabulary rounded up to a multiple of `tp`; the loss never sees the added entries."""
         return -(-self.vocab_size // tp) * tp
@@ -70,7 +90,6 @@ class Model(Section):
 class EmulatedModel(Model):
     """A model whose blocks wait for a set time instead of computing; everything around them is real."""
 
-    family: Literal["emulated"]
     forward_seconds: NonNegativeFloat
     """Wait of a block in a forward pass."""
     backward_seconds: NonNegativeFloat
@@ -82,9 +101,10 @@ class EmulatedModel(Model):
 
 
 def _of_family(model: Any) -> Any:
-    """The section of an emulated model has keys of its own."""
-    is_emulated = isinstance(model, Mapping) and model.get("family") == "emulated"
-    return EmulatedModel.model_validate(model) if is_emulated else model
+    """The section of a family whose blocks wait has keys of its own."""
+    name = model.get("family") if isinstance(model, Mapping) else None
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    return model if family is None or family.computes else EmulatedModel.model_validate(model)
 
 
 class Parallel(Section):
@@ -126,7 +146,7 @@ class Train(Section):
     """Optimizer steps."""
     warmup_steps: NonNegativeInt
     """First steps left out of all timings."""
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: PrecisionName
     optimizer: Literal["adamw", "sgd"]
     learning_rate: NonNegativeFloat
     learning_rate_warmup_steps: NonNegativeInt
@@ -179,7 +199,7 @@ class Cluster(Section):
     num_nodes: PositiveInt
     devices_per_node: PositiveInt | None
     """null: what this machine has."""
-    peak_flops: dict[Literal["fp32", "bf16", "fp16"], PositiveFloat | None]
+    peak_flops: dict[PrecisionName, PositiveFloat | None]
     """Dense matrix FLOP/s of one device, per precision."""
     memory_bytes: PositiveInt | None
     """Memory of one device."""
@@ -288,7 +308,7 @@ class RunConfig(Section):
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
 
     @property
-    def gradient_dtype(self) -> str:
+    def gradient_dtype(self) -> PrecisionName:
         """Type in which micro-batch gradients add up; without ZeRO DeepSpeed offers only the model's own."""
         return "fp32" if self.train.precision == "bf16" and self.parallel.zero_stage > 0 else self.train.precision
 

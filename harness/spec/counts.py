@@ -4,43 +4,56 @@ measurement.
 A transformer is cut into pipeline layers: the embedding, N blocks, and the head (final norm and output
 projection). FLOPs are the exact matrix products of a training step: forward once, backward twice that;
 attention is counted in full (not halved for causality) unless asked, the output head once, the embedding
-look-up not at all, and recomputation never.
+look-up not at all, and recomputation never. Both follow from the table of parameters (`harness.spec.parameters`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.spec.config import Model, RunConfig
-
-BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
+from harness.spec.parameters import ParameterSpec, block_specs, embedding_specs, head_specs, tied_specs
 
 
 def block_parameters(model: Model) -> int:
     """Parameters of one transformer block."""
-    if model.family == "emulated":
-        return model.hidden_size
-    hidden, inner = model.hidden_size, model.intermediate_size
-    queries = model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    attention = hidden * (queries + 2 * keys) + queries * hidden
-    if model.family == "gpt2":
-        biases = queries + 2 * keys + hidden + inner + hidden
-        return attention + 2 * hidden * inner + biases + 2 * 2 * hidden
-    return attention + 3 * hidden * inner + 2 * hidden
+    return _total(block_specs(model, 0))
 
 
 def embedding_parameters(model: Model) -> int:
-    """Token embedding, and the learned positions of gpt2."""
-    positions = model.max_position_embeddings * model.hidden_size if model.family == "gpt2" else 0
-    return model.vocab_size * model.hidden_size + positions
+    """Token embedding, and learned positions."""
+    return _total(embedding_specs(model))
 
 
 def head_parameters(model: Model) -> int:
     """Final norm and output projection; a tied projection is counted with the embedding."""
-    norm = model.hidden_size * (2 if model.family == "gpt2" else 1)
-    return norm + (0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size)
+    return _total(head_specs(model))
+
+
+def tied_parameters(model: Model) -> int:
+    """Of the head those that are the embedding's, so that the last stage holds a copy of them."""
+    return _total(tied_specs(model))
+
+
+def stage_parameters_per_rank(model: Model, tp: int, layers: int, first: bool, last: bool) -> int:
+    """Parameters on one tensor-parallel rank of a stage, padding of the vocabulary included.
+
+    A tied embedding is on the first and on the last stage.
+
+    Args:
+        layers: transformer blocks of the stage.
+    """
+    held = layers * _total(block_specs(model, 0), tp)
+    if first:
+        held += _total(embedding_specs(model), tp)
+    if last:
+        held += _total(head_specs(model), tp) + (0 if first else _total(tied_specs(model), tp))
+    return held
+
+
+def _total(specs: Iterable[ParameterSpec], tp: int = 1) -> int:
+    return sum(spec.size_per_rank(tp) for spec in specs)
 
 
 def parameters(model: Model) -> int:
@@ -55,20 +68,21 @@ def block_forward_flops(model: Model, sequence_length: int, causal: bool = False
     Args:
         causal: count only the half of the attention products that a causal mask leaves.
     """
-    if model.family == "emulated":
+    if not model.architecture.computes:
         return 0
-    hidden, inner = model.hidden_size, model.intermediate_size
+    half = causal and model.architecture.causal
     queries = model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    projections = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden
-    attention = 2 * 2 * sequence_length * queries // (2 if causal else 1)
-    mlp = 2 * hidden * inner * (2 if model.family == "gpt2" else 3)
-    return projections + attention + mlp
+    return _products(block_specs(model, 0)) + 2 * 2 * sequence_length * queries // (2 if half else 1)
 
 
 def head_forward_flops(model: Model) -> int:
     """Matrix-product FLOPs of the output projection's forward pass, per token."""
-    return 2 * model.hidden_size * model.vocab_size
+    return _products([*head_specs(model), *tied_specs(model)])
+
+
+def _products(specs: Iterable[ParameterSpec]) -> int:
+    """FLOPs per token: a multiplication and an addition with every number of a matrix."""
+    return sum(2 * spec.size for spec in specs if spec.is_matrix)
 
 
 def training_flops_per_token(model: Model, sequence_length: int, causal: bool = False) -> int:
@@ -127,14 +141,8 @@ def stage_counts(config: RunConfig, layers_per_stage: Sequence[int]) -> list[Sta
     last = len(layers_per_stage) - 1
     counts = []
     for stage, layers in enumerate(layers_per_stage):
-        held = layers * block_parameters(model)
+        held = stage_parameters_per_rank(model, 1, layers, stage == 0, stage == last)
         flops = layers * block_forward_flops(model, train.sequence_length)
-        if stage == 0:
-            held += embedding_parameters(model)
-        if stage == last:
-            held += head_parameters(model)
-            flops += head_forward_flops(model)
-            if model.tie_word_embeddings and last > 0:
-                held += model.vocab_size * model.hidden_size
+        flops += head_forward_flops(model) if stage == last else 0
         counts.append(StageCounts(layers, held, flops * tokens))
     return counts

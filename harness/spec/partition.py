@@ -13,6 +13,7 @@ from harness.spec.counts import (
     embedding_parameters,
     head_forward_flops,
     head_parameters,
+    tied_parameters,
 )
 
 
@@ -25,10 +26,10 @@ def layers_per_stage(model: Model, parallel: Parallel, sequence_length: int) -> 
     method = parallel.partition
     if isinstance(method, list):
         return list(method)
-    if method == "uniform" or (method == "cost" and model.family == "emulated"):  # all blocks wait as long
+    if method == "uniform" or (method == "cost" and not model.architecture.computes):  # all blocks wait as long
         first, block, last = 0, 1, 0
     elif method == "parameters":
-        tied = model.vocab_size * model.hidden_size if model.tie_word_embeddings and parallel.pp > 1 else 0
+        tied = tied_parameters(model) if parallel.pp > 1 else 0
         first, block, last = (
             embedding_parameters(model),
             block_parameters(model),

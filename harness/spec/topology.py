@@ -59,8 +59,13 @@ class Topology:
         return [[[of_ranks[self.rank(pp, dp, tp)] for tp in neighbours] for pp in stages] for dp in range(self.dp)]
 
     def pipelines(self) -> list[list[int]]:
-        """Ranks that pass micro-batches to each other, by stage, for each replica and tensor-parallel rank."""
+        """Ranks that pass micro-batches to each other, by stage: a list for each replica and tensor-parallel rank."""
         return self.groups("pp")
+
+    def stages(self) -> list[list[int]]:
+        """Ranks of each stage."""
+        size = self.dp * self.tp
+        return [list(range(first, first + size)) for first in range(0, self.world_size, size)]
 
     def tp_subgroups(self, size: int) -> list[list[int]]:
         """Runs of `size` neighbours inside each tensor-parallel group."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.spec.families import FAMILIES
 
 # Settings that say nothing about the computation of a training step.
 HARMLESS = frozenset(
@@ -23,58 +24,8 @@ HARMLESS = frozenset(
     n_ctx gradient_checkpointing attn_implementation _attn_implementation""".split()
 )
 
-GPT2_SHAPE = {
-    "num_hidden_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "n_positions",
-    "norm_epsilon": "layer_norm_epsilon",
-    "initializer_range": "initializer_range",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
-GPT2_DEFAULTS: dict[str, Any] = {
-    "n_layer": 12, "n_embd": 768, "n_head": 12, "n_inner": None, "vocab_size": 50257, "n_positions": 1024,
-    "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True,
-}  # fmt: skip
-# Implemented value of each setting; another value is refused.
-GPT2_FIXED: dict[str, Any] = {
-    "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False, "add_cross_attention": False,
-}  # fmt: skip
-# Rates, which must be one, and their defaults.
-GPT2_DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
-
-LLAMA_SHAPE = {
-    "num_hidden_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "initializer_range": "initializer_range",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": None,
-    "head_dim": None, "intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "initializer_range": 0.02, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_FIXED: dict[str, Any] = {
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-    "pretraining_tp": 1,
-}  # fmt: skip
-LLAMA_DROPOUT: dict[str, float] = {}
-
-FAMILIES = {
-    "gpt2": (GPT2_SHAPE, GPT2_DEFAULTS, GPT2_FIXED, GPT2_DROPOUT),
-    "llama": (LLAMA_SHAPE, LLAMA_DEFAULTS, LLAMA_FIXED, LLAMA_DROPOUT),
-}
+UNUSED_ROPE_THETA = 10000.0
+"""Of a family without rotary positions, where it has no meaning."""
 
 
 def resolve_model(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,14 +76,15 @@ def read_transformers_config(path: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     family = settings.get("model_type") if isinstance(settings, dict) else None
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"{file}: model_type={family!r} is not implemented; the families are {', '.join(FAMILIES)}")
-    shape, defaults, fixed, dropout = FAMILIES[family]
+    formats = {name: known.transformers for name, known in FAMILIES.items() if known.transformers is not None}
+    if not isinstance(family, str) or family not in formats:
+        raise ConfigError(f"{file}: model_type={family!r} is not implemented; the families are {', '.join(formats)}")
+    written = formats[family]
     settings = _flatten_rope(settings, file)
-    _refuse_unimplemented(settings, {*shape.values(), *dropout}, fixed, file)
-    section = {ours: settings.get(theirs, defaults[theirs]) for ours, theirs in shape.items()}
-    section["dropout"] = _dropout({key: settings.get(key, rate) for key, rate in dropout.items()}, file)
-    return {"name": file.parent.resolve().name, "family": family, "rope_theta": LLAMA_DEFAULTS["rope_theta"]} | section
+    _refuse_unimplemented(settings, {*written.keys.values(), *written.dropout}, written.fixed, file)
+    section = {ours: settings.get(theirs, written.defaults[theirs]) for ours, theirs in written.keys.items()}
+    section["dropout"] = _dropout({key: settings.get(key, rate) for key, rate in written.dropout.items()}, file)
+    return {"name": file.parent.resolve().name, "family": family, "rope_theta": UNUSED_ROPE_THETA} | section
 
 
 def _dropout(rates: Mapping[str, Any], file: Path) -> Any:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from harness.spec.config import RunConfig
 from harness.spec.engines import engine_kind
 from harness.spec.schedules import Instruction
 from harness.spec.topology import Topology
+
+T = TypeVar("T")
 
 
 class Observer:
@@ -38,17 +39,14 @@ class Observer:
 class Observers(list[Observer]):
     """The observers of an engine. Those that came later are outside: they are told first of a begin, last of an end."""
 
-    @contextmanager
-    def _told(self, instruction: Instruction) -> Iterator[None]:
+    def execute(self, instruction: Instruction, act: Callable[[], T]) -> T:
+        """Tell them that an instruction begins, do it, and tell them that it is done."""
         for observer in reversed(self):
             observer.began(instruction)
-        yield
+        result = act()
         for observer in self:
             observer.ended(instruction)
-
-    def observed(self, instruction: Instruction) -> AbstractContextManager[None]:
-        """The instruction is executed inside."""
-        return self._told(instruction)
+        return result
 
 
 class Before(Observer):

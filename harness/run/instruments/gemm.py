@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from harness.machine import Machine, cache_file
+from harness.model.precision import dtype_of
 from harness.record.store import write_json
 from harness.spec.config import RunConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = tuple(2**power for power in range(8, 15))
 WINDOWS = 2
 """Per size; the better one counts."""
@@ -64,7 +64,7 @@ def gemm_flops_per_second(
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0] is not None:
         return known[0]
-    rate, cores = measure(DTYPES[config.train.precision], device, group)
+    rate, cores = measure(dtype_of(config.train.precision), device, group)
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,12 @@ from torch.distributed import P2POp, ProcessGroup
 
 from harness.machine import detect_machine
 from harness.model.groups import create_groups
+from harness.model.precision import dtype_of
 from harness.plan.communication import OPERATIONS, Measurement, Operation, communication_file, measured_sizes
 from harness.record.heartbeat import Heart, Phase
 from harness.record.report import number
 from harness.record.store import Attempt, write_json
-from harness.run.instruments.gemm import DTYPES, synchronize
+from harness.run.instruments.gemm import synchronize
 from harness.run.tasks.train import set_up_device
 from harness.spec.config import RunConfig
 from harness.spec.topology import Topology
@@ -78,7 +79,7 @@ def _measure(
     axis: str, operation: Operation, group: ProcessGroup, config: RunConfig, device: torch.device, phase: Phase
 ) -> tuple[list[int], list[float]]:
     """Sizes in bytes and seconds of an operation in this rank's group, while the other groups do the same."""
-    dtype, bench = DTYPES[config.train.precision], config.comm_bench
+    dtype, bench = dtype_of(config.train.precision), config.comm_bench
     unit = dtype.itemsize * group.size()  # every rank's part has the same number of elements
     sizes = [-(-size // unit) * unit for size in measured_sizes(bench.min_bytes, bench.max_bytes)]
     seconds: list[float] = []

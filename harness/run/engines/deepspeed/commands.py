@@ -81,19 +81,12 @@ def take_over(
     functions = {kind: engine._INSTRUCTION_MAP[command] for kind, command in CLASS_OF_KIND.items()}
 
     def execute(engine: PipelineEngine, instruction: Instruction, arguments: dict[str, Any]) -> None:
-        with observers.observed(instruction):
-            functions[instruction.kind](engine, **arguments)
+        observers.execute(instruction, lambda: functions[instruction.kind](engine, **arguments))
 
-    aggregate = engine._aggregate_total_loss
-
-    def aggregate_observed() -> torch.Tensor:
-        with observers.observed(REDUCE_LOSS):
-            loss: torch.Tensor = aggregate()
-            return loss
-
+    aggregate: Callable[[], torch.Tensor] = engine._aggregate_total_loss
     stage = engine.stage_id
     commands = Commands(training.stages[stage], max(2, training.micro_batches_in_flight[stage]))
     engine._INSTRUCTION_MAP = {Execute: execute}
     engine._train_schedule = lambda: commands
     engine._inference_schedule = lambda micro_batches: Commands(evaluation(micro_batches), 2)
-    engine._aggregate_total_loss = aggregate_observed
+    engine._aggregate_total_loss = lambda: observers.execute(REDUCE_LOSS, aggregate)

@@ -24,7 +24,7 @@ from harness.model.emulated import set_stage
 from harness.model.families import describe_layers
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
-from harness.model.weights import initialize, load_full, parameter_table
+from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
@@ -35,6 +35,7 @@ from harness.run.engines.engine import Before, ForwardPasses, Held, Observers, P
 from harness.run.optimizer import build_learning_rate, build_optimizer
 from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
+from harness.spec.parameters import parameter_table
 from harness.spec.partition import layers_per_stage
 from harness.spec.schedules import Stage, build_schedule, forward_only
 from harness.spec.topology import Topology

@@ -8,6 +8,7 @@ that are counted in the batch, weight decay goes by the names of parameters, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from harness.model.emulated import set_stage
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.loss import IGNORE_INDEX
-from harness.model.weights import initialize, load_full, parameter_table
+from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
-from harness.run.engines.engine import ForwardPasses, Held, Observers, Progress, filling
+from harness.run.engines.engine import Held, Observers, Progress, filling
 from harness.run.optimizer import learning_rate_factor
 from harness.spec.config import EmulatedModel, RunConfig
+from harness.spec.parameters import parameter_table
 from harness.spec.schedules import Instruction, Stage, build_schedule, forward_only
 from harness.spec.topology import Topology
 
@@ -84,12 +86,7 @@ class TorchEngine:
             load_full(named, parameter_table(config.model), weights, self.tp)
         phase("building the engine")
         self.optimizer = self._build_optimizer()
-        if config.model.dropout > 0:
-            self.observers.append(ForwardPasses(self.streams, lambda: self.steps_taken))
         self._norm: float | None = None
-        self._loaded: dict[int, MicroBatch] = {}
-        self._losses: dict[int, Tensor] = {}
-        """By micro-batch, [sample]: over the valid targets of the batch."""
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         train, named = self.config.train, dict(self.model.named_parameters())
@@ -134,29 +131,32 @@ class TorchEngine:
     def _execute(self, instructions: list[Instruction], batch: list[MicroBatch]) -> float:
         """Do what a schedule says; the loss of the batch."""
         valid = sum(int((targets != IGNORE_INDEX).sum()) for _, (targets, _) in batch)
+        losses: dict[int, Tensor] = {}  # by micro-batch, [sample]: parts of the batch's loss
         loss = 0.0
+
+        def act(kind: str, number: int) -> None:
+            nonlocal loss
+            if kind == "load":
+                tokens, (targets, weight) = batch[number]
+                batch[number] = tokens.to(self.device), (targets.to(self.device), weight)
+            elif kind == "forward":
+                losses[number] = self._forward(number, batch[number]) / valid
+                loss += float(losses[number].sum().detach())
+            elif kind == "backward":
+                self.backward(losses.pop(number))
+            elif kind == "optimizer":
+                self._take_step()
+
         for instruction in instructions:
-            number = instruction.micro_batch
-            with self.observers.observed(instruction):
-                if instruction.kind == "load":
-                    tokens, (targets, weight) = batch[number]
-                    self._loaded[number] = tokens.to(self.device), (targets.to(self.device), weight)
-                elif instruction.kind == "forward":
-                    self._losses[number] = self._forward(number) / valid
-                    loss += float(self._losses[number].sum().detach())
-                elif instruction.kind == "backward":
-                    self.backward(self._losses.pop(number))
-                elif instruction.kind == "optimizer":
-                    self._take_step()
-        self._losses.clear()
+            self.observers.execute(instruction, partial(act, instruction.kind, instruction.micro_batch))
         return loss
 
-    def _forward(self, number: int) -> Tensor:
+    def _forward(self, number: int, micro_batch: MicroBatch) -> Tensor:
         """Sums of token losses, [sample]."""
-        tokens, (targets, _) = self._loaded.pop(number)
+        tokens, (targets, _) = micro_batch
         # Micro-batches are dealt out to the replicas in turns; only dropout cares which is where.
-        micro_batch, self.streams.dp_rank = divmod(number, self.config.parallel.dp)
-        self.streams.forward_pass = (self.streams.forward_pass[0], micro_batch)
+        of_replica, self.streams.dp_rank = divmod(number, self.config.parallel.dp)
+        self.streams.forward_pass = (self.steps_taken, of_replica)
         logits = self.model(tokens)[..., : self.config.model.vocab_size]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
         return losses.view(len(tokens), -1).sum(dim=1)

@@ -1,0 +1,79 @@
+"""What can differ between families of transformers, as facts that need no torch.
+
+A family is one `Architecture`, in a module of its own in `harness.spec.families`. The table of parameters, counts,
+memory, the configuration's checks, the layers that are built and the exchange with `transformers` all follow from it.
+
+What all have in common: an embedding, then blocks of attention and feed-forward layer, each behind a norm and added to
+the residual stream, then a norm and the output head, which may share the embedding's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalization over the hidden dimension."""
+
+    torch_class: str
+    """Its name in `torch.nn`; takes (hidden_size, epsilon)."""
+    has_bias: bool
+    num_statistics: int
+    """Numbers per token that it keeps for backward."""
+
+
+LAYER_NORM = Norm("LayerNorm", has_bias=True, num_statistics=2)
+"""Of mean and deviation (arXiv 1607.06450)."""
+RMS_NORM = Norm("RMSNorm", has_bias=False, num_statistics=1)
+"""Of the root mean square (arXiv 1910.07467)."""
+
+QKV, OUTPUT, UP, DOWN = "attention.qkv", "attention.output", "mlp.up", "mlp.down"
+"""Projections of a block by their place in it: query, key and value, back from attention, into and out of the
+feed-forward layer."""
+
+
+@dataclass(frozen=True)
+class TransformersFormat:
+    """How `transformers` writes a family down, in its config.json and in its files of weights."""
+
+    keys: Mapping[str, str]
+    """Key of our `model` section -> theirs. What a family of theirs has no key for follows from the others there:
+    as many key-value heads as heads, head_dim = hidden_size / num_attention_heads."""
+    defaults: Mapping[str, Any]
+    """Value of each of their keys where a file leaves it out."""
+    fixed: Mapping[str, Any]
+    """The implemented value of a setting; another is refused."""
+    dropout: Mapping[str, float]
+    """Their rates of dropout, which must be one, and what each is where a file leaves it out."""
+    modules: Mapping[str, tuple[str, ...]]
+    """Module of ours, without `blocks.N.` -> theirs with `{i}` for N, one per part where they keep parts apart."""
+    transposed: frozenset[str] = frozenset()
+    """Modules of ours whose matrix is [in, out] there."""
+    optional_prefix: str = ""
+    """What names of theirs lack in files of the model without its head."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family."""
+
+    summary: str
+    """What it is, in a line."""
+    norm: Norm
+    positions: Literal["learned", "rotary", "none"]
+    """learned: added to the embedding. rotary: turn queries and keys."""
+    activation: Literal["gelu_tanh", "silu"]
+    """Of the feed-forward layer."""
+    gated: bool = False
+    """The activation of one projection multiplies another of the same width (arXiv 2002.05202)."""
+    biases: frozenset[str] = frozenset()
+    """Which projections of a block have one."""
+    causal: bool = True
+    """A token sees itself and those before it, no later ones."""
+    computes: bool = True
+    """False: blocks wait for a set time instead (`harness.spec.config.EmulatedModel`), and hold one vector each."""
+    transformers: TransformersFormat | None = None
+    """None: `transformers` has no counterpart."""
