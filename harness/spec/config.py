@@ -216,6 +216,8 @@ class Tracking(Section):
 class Launch(Section):
     """How processes are started and when they are given up."""
 
+    backend: str = "local"
+    """Where they are started, one of the table in harness/launch/backends. local: on this host, by `deepspeed`."""
     timeout_seconds: PositiveFloat
     """Wall time of one run, start included."""
     hang_seconds: PositiveFloat
