@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, SweepDirectory, environment
 from harness.spec.config import RunConfig
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RUNS = "runs"
 """Folder of single runs under results_dir."""
 
@@ -41,11 +39,6 @@ def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
             file=sys.stderr,
         )
     return exit_status(attempt, outcome)
-
-
-def in_rank() -> bool:
-    """Whether `deepspeed` started this process as one of its ranks."""
-    return all(name in os.environ for name in RANK_VARIABLES)
 
 
 def prepare(argv: Sequence[str], world_size: int) -> Path:
