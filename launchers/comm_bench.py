@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.launch.comm_bench import main
+from harness.spec.help import answer_help
 
 if __name__ == "__main__":
+    answer_help()
+    from harness.launch.comm_bench import main
+
     sys.exit(main(sys.argv[1:]))

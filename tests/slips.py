@@ -396,7 +396,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/launch/preview.py",
+        "harness/launch/points.py",
         "tests/test_sweep.py -k measure or repeat",
         False,
         {

@@ -16,10 +16,9 @@ from helpers import MACHINE, record_attempt
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 
-from harness.launch import process, sweep, train
-from harness.launch.preview import decide
-from harness.launch.process import Outcome
-from harness.record import report
+from harness.launch import attempts, report, single, sweep, train
+from harness.launch.points import decide
+from harness.record.diagnose import Outcome
 from harness.record.store import Attempt, Point, SweepDirectory, environment, write_json
 from harness.spec.config import REPOSITORY
 
@@ -45,8 +44,8 @@ def start(plugins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sta
         return Outcome("ok")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "run_attempt", run_attempt)
-    for module in (train, sweep):
+    monkeypatch.setattr(attempts, "run_attempt", run_attempt)
+    for module in (single, sweep):
         monkeypatch.setattr(module, "detect_machine", lambda: MACHINE)
     main = {"train": train.main, "sweep": sweep.main, "report": report.main}
 
@@ -169,7 +168,7 @@ def test_a_mistake_is_a_sentence_and_exit_2(
 def test_a_sweep_whose_layouts_are_not_sound_says_so(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: str | None, status: int
 ) -> None:
-    run = process.run_attempt
+    run = attempts.run_attempt
 
     def check_or_run(attempt: Attempt, *arguments: object, task: str = "train", **options: object) -> Outcome:
         if task == "verify" and parity is None:
@@ -181,7 +180,7 @@ def test_a_sweep_whose_layouts_are_not_sound_says_so(
             write_json(attempt.result_file, {"parity": parity, "parity_max_error": 1.0, "comparisons": [wrong]})
         return outcome
 
-    monkeypatch.setattr(process, "run_attempt", check_or_run)
+    monkeypatch.setattr(attempts, "run_attempt", check_or_run)
     assert start("sweep", ["sweep.verify=true", "results_dir=res", "tracking.wandb.mode=disabled"]) == status
 
 

@@ -9,15 +9,14 @@ import pytest
 from distributed import run_ranks
 from helpers import make_config, record_attempt
 
+from harness.analyse import finish
 from harness.analyse.breakdown import (
     _mean_accounting,
     _spread,
     breakdown,
-    finish_pictures,
     read_run,
-    start_pictures,
-    write_pictures,
 )
+from harness.analyse.finish import Finishing, start_pictures, write_pictures
 from harness.errors import ConfigError
 from harness.plan.simulate import simulate
 from harness.record.store import Attempt, SweepDirectory, read_json
@@ -104,23 +103,26 @@ def test_the_readable_part_of_a_cut_off_file_is_used_and_the_loss_is_said(tmp_pa
     assert "rank 3 left no readable spans" in write_pictures(attempt)
 
 
-def test_what_a_killed_run_lost_is_told_to_whoever_waits_for_its_pictures(tmp_path: Path) -> None:
+def test_what_a_killed_run_lost_is_told_to_whoever_waits_for_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw() -> list[str]:
+        return finish.finish([Finishing(pictures=start_pictures(attempt)), Finishing()], wandb_seconds=0.0)
+
+    monkeypatch.setattr(finish, "PICTURES_SECONDS", 600.0)
     attempt, _ = simulated_run(tmp_path)
-    whole = start_pictures(attempt)
-    assert finish_pictures([whole, None], timeout=600) == []
+    assert draw() == []
     file = attempt.spans_file(1)
     file.write_text(file.read_text()[:-20])
     attempt.spans_file(2).write_text("")
     name = f"{attempt.point.name}/attempt-1"
     cut = "rank 2 left no readable spans"
-    assert finish_pictures([start_pictures(attempt)]) == [
-        f"{name}: the spans of rank 1 are cut off in or after step 5; {cut}"
-    ]
+    assert draw() == [f"{name}: the spans of rank 1 are cut off in or after step 5; {cut}"]
     assert read_json(attempt.path / "pictures.json") == {
         "missing": ["the spans of rank 1 are cut off in or after step 5", cut]
     }
     attempt.config_file.unlink()
-    assert finish_pictures([start_pictures(attempt)])[0].startswith(f"{name}: no pictures (ValidationError")
+    assert draw()[0].startswith(f"{name}: no pictures (ValidationError")
     attempt.metrics_file.unlink()
     assert start_pictures(attempt) is None
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.launch import process
-from harness.launch.process import MARK, reserve_port
+from harness.launch.backends import local
+from harness.launch.backends.local import GRACE_SECONDS, MARK, end_marked, reserve_port
 from harness.record.store import Point, SweepDirectory, read_json
 from harness.spec.config import REPOSITORY
 
@@ -48,7 +48,7 @@ def start_sweep(folder: Path, *overrides: str, python_path: str = "") -> subproc
 def marked(folder: Path) -> dict[str, list[psutil.Process]]:
     """Living processes of the attempts in a folder, by their part."""
     found: dict[str, list[psutil.Process]] = {part: [] for part in VICTIMS}
-    for candidate in process._marked(folder):
+    for candidate in local.marked(folder):
         try:
             line = " ".join(candidate.cmdline())
         except psutil.Error:
@@ -98,7 +98,7 @@ def strike(folder: Path, sweep: subprocess.Popen[str], since: float, part: str, 
         sweep.kill()
         sweep.wait()
     if part == "sweep":
-        assert remaining(folder, process.GRACE_SECONDS + 3) == []
+        assert remaining(folder, GRACE_SECONDS + 3) == []
     return True
 
 
@@ -195,7 +195,10 @@ def test_two_sweeps_at_once_share_no_port(tmp_path: Path) -> None:
 
 
 def test_ports_are_shared_with_nobody() -> None:
-    code = "from harness.launch.process import reserve_port\nwith reserve_port() as p: print(p, flush=True); input()"
+    code = (
+        "from harness.launch.backends.local import reserve_port\n"
+        "with reserve_port() as port: print(port, flush=True); input()"
+    )
     others = [
         subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                          cwd=REPOSITORY)
@@ -214,7 +217,7 @@ def test_ports_are_shared_with_nobody() -> None:
 def test_the_last_free_port_goes_to_one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     with reserve_port() as one, reserve_port() as another:
         ports = [one, another]
-    monkeypatch.setattr(process, "PORTS", ports)
+    monkeypatch.setattr(local, "PORTS", ports)
     with reserve_port() as first, reserve_port() as second:
         assert {first, second} == {*ports}
         with pytest.raises(OSError, match=f"no port from {ports[0]} to {ports[1]} is free"), reserve_port():
@@ -236,13 +239,13 @@ def test_a_killed_guard_leaves_nothing(tmp_path: Path) -> None:
     """What it guarded is found by its mark."""
     code = "import os, time; os.setsid() if os.fork() == 0 else None; time.sleep(600)"
     folder = Point(tmp_path / "point").new_attempt().path
-    command = [sys.executable, "-I", "-S", process.GUARD, "1", "", "", sys.executable, "-c", code]
+    command = [sys.executable, "-I", "-S", local.GUARD, "1", "", "", sys.executable, "-c", code]
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {MARK: str(folder)})
     deadline = time.monotonic() + 20
-    while len(process._marked(folder)) < 3 and time.monotonic() < deadline:
+    while len(local.marked(folder)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     guard.kill()
     assert guard.wait() == -signal.SIGKILL
-    assert len(process._marked(folder)) == 2
-    process.end_marked(tmp_path)
-    assert process._marked(folder) == set()
+    assert len(local.marked(folder)) == 2
+    end_marked(tmp_path)
+    assert local.marked(folder) == set()

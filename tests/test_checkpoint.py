@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 from harness.checkpoints import FileRecord, Meta, SavedConfig, checksum, directory_of, find_checkpoint
 from harness.corpus import Corpus
 from harness.errors import ConfigError
-from harness.launch.train import data_identity, main
+from harness.launch.points import data_identity
+from harness.launch.train import main
 from harness.model.groups import TensorParallel
 from harness.model.loss import IGNORE_INDEX
 from harness.model.weights import shard

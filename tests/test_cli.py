@@ -20,7 +20,7 @@ import pytest
 from distributed import free_port
 
 from harness.errors import ConfigError
-from harness.launch import train
+from harness.launch import rank, train
 from harness.machine import process_started
 from harness.record.heartbeat import describe, read_heartbeats
 from harness.record.store import Attempt
@@ -340,8 +340,8 @@ def test_a_layout_for_the_ranks_of_deepspeed(tmp_path: Path, monkeypatch: pytest
 
 
 def test_ranks_are_told_from_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in train.RANK_VARIABLES:
-        assert not train.in_rank()
+    for name in rank.RANK_VARIABLES:
+        assert not rank.in_rank()
         monkeypatch.setenv(name, "0")
-    assert train.in_rank()
+    assert rank.in_rank()
     assert "RANK" in os.environ

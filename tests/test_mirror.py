@@ -15,11 +15,12 @@ import psutil
 import pytest
 from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt
 
+from harness.analyse import finish
+from harness.analyse.finish import Child, Finishing, start_mirror
+from harness.launch import report
 from harness.machine import process_started
 from harness.record import mirror as tracking
-from harness.record import report
 from harness.record.metrics import COLUMNS, row
-from harness.record.mirror import finish_mirrors, start_mirror
 from harness.record.store import Attempt, SweepDirectory, environment, read_jsonl
 
 LIMIT_SECONDS = 300.0  # for a busy machine
@@ -52,7 +53,7 @@ def mirrored(tmp_path_factory: pytest.TempPathFactory, warnings: io.StringIO) ->
     bad.metrics_file.mkdir()
     sweep.record_invalid(["parallel.tp=3"], None, "parallel.tp=3 does not divide", "python launchers/train.py")
     with contextlib.redirect_stderr(warnings), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "finish_mirrors", lambda mirrors, timeout: finish_mirrors(mirrors, LIMIT_SECONDS))
+        patch.setattr(report, "finish", lambda begun, timeout: finish.finish(begun, LIMIT_SECONDS))
         report.main([str(sweep.path), "--wandb"])
     return sweep
 
@@ -65,6 +66,10 @@ def attempt_of(sweep: SweepDirectory, status: str) -> Attempt:
 def offline(sweep: SweepDirectory, run_id: str | None) -> OfflineRun:
     (path,) = sweep.path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
     return read_offline_run(path)
+
+
+def wait_for(mirror: Child | None, seconds: float = LIMIT_SECONDS) -> list[str]:
+    return finish.finish([Finishing(mirror)], seconds)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -181,8 +186,11 @@ class TestLive:
         mirror = start_mirror(running)
         assert mirror is not None
         wait_until(lambda: any(running.sweep.path.glob("wandb/offline-run-*/*.wandb")))
-        family = [mirror.pid, *(child.pid for child in psutil.Process(mirror.pid).children(recursive=True))]
-        (warning,) = finish_mirrors([mirror], 0.0)
+        family = [
+            mirror.process.pid,
+            *(child.pid for child in psutil.Process(mirror.process.pid).children(recursive=True)),
+        ]
+        (warning,) = wait_for(mirror, 0.0)
         assert "not done in 0 s" in warning
         assert "report.py --wandb" in warning
         wait_until(lambda: not any(map(process_started, family)))
@@ -193,7 +201,7 @@ class TestLive:
         time.sleep(0.5)
         running.metrics_file.with_name("whole").rename(running.metrics_file)
         running.write_status("ok")
-        assert finish_mirrors([mirror], LIMIT_SECONDS) == []
+        assert wait_for(mirror) == []
         run = offline(running.sweep, running.wandb_run_id())  # one folder
         assert [own(line) for line in run.history] == read_jsonl(running.metrics_file)
         assert len(run.history) == 5
@@ -214,7 +222,7 @@ class TestFailure:
         (tmp_path / "wandb.py").write_text("raise ImportError('no wandb here')")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         attempt = record_attempt(SweepDirectory(tmp_path / "results", "grid"))
-        (warning,) = finish_mirrors([start_mirror(attempt)], LIMIT_SECONDS)
+        (warning,) = wait_for(start_mirror(attempt))
         assert warning.startswith("wandb is not complete (ImportError: no wandb here);")
         assert attempt.wandb_run_id() is None
         assert row(attempt)["wandb_run_id"] is None
@@ -224,16 +232,16 @@ class TestFailure:
         monkeypatch.delenv("WANDB_API_KEY", raising=False)
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
         attempt = record_attempt(SweepDirectory(tmp_path, "grid"), "tracking.wandb.mode=online")
-        (warning,) = finish_mirrors([start_mirror(attempt)], LIMIT_SECONDS)
+        (warning,) = wait_for(start_mirror(attempt))
         assert "wandb is not complete" in warning
         assert "API key" in warning or "api_key" in warning
 
     def test_disabled_starts_nothing(self, tmp_path: Path) -> None:
         attempt = record_attempt(SweepDirectory(tmp_path, "grid"), "tracking.wandb.mode=disabled")
         assert start_mirror(attempt) is None
-        assert finish_mirrors([None], LIMIT_SECONDS) == []
+        assert wait_for(None) == []
 
     def test_process_that_cant_start_is_survived(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         attempt = record_attempt(SweepDirectory(tmp_path, "grid"))
-        monkeypatch.setattr(tracking.sys, "executable", str(tmp_path / "nowhere"))
+        monkeypatch.setattr(finish.sys, "executable", str(tmp_path / "nowhere"))
         assert start_mirror(attempt) is None

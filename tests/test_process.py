@@ -14,8 +14,10 @@ import psutil
 import pytest
 from helpers import MACHINE, make_config
 
-from harness.launch import process
-from harness.launch.process import child_environment, command, run_attempt
+from harness.launch import attempts
+from harness.launch.attempts import run_attempt
+from harness.launch.backends import local
+from harness.launch.backends.local import child_environment, command
 from harness.machine import Machine, process_started
 from harness.record import diagnose
 from harness.record.diagnose import Outcome, Remains, judge, read_remains
@@ -107,7 +109,7 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "fake_rank.py").write_text(RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
-    monkeypatch.setattr(process, "WORKER", "fake_rank")
+    monkeypatch.setattr(local, "WORKER", "fake_rank")
     return SweepDirectory(tmp_path, "runs").point(make_config(), "00000000").new_attempt()
 
 
@@ -162,7 +164,7 @@ def test_what_an_earlier_attempt_left_is_ended(attempt: Attempt, measured: bool)
     write_json(attempt.status_file, (read_json(attempt.status_file) or {}) | gone)
     if measured:
         write_json(attempt.partial_result_file, {"row": {}, "missing": []})
-    left = subprocess.Popen(["sleep", "600"], env=os.environ | {process.MARK: str(attempt.path.resolve())})
+    left = subprocess.Popen(["sleep", "600"], env=os.environ | {local.MARK: str(attempt.path.resolve())})
     try:
         assert attempt.status()["status"] == ("ok" if measured else "interrupted")
         run(attempt.point.new_attempt(), "ok")
@@ -204,8 +206,8 @@ def test_a_hang_before_the_first_instruction_is_given_up(attempt: Attempt) -> No
 
 def test_a_hang_before_the_first_rank_begins_is_given_up(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     asleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    monkeypatch.setattr(process, "command", lambda *_: asleep)
-    monkeypatch.setattr(process, "START_SECONDS", 1.0)
+    monkeypatch.setattr(local, "command", lambda *_: asleep)
+    monkeypatch.setattr(attempts, "START_SECONDS", 1.0)
     began = time.monotonic()
     assert run(attempt, "never", "launch.hang_seconds=1.0") == Outcome(
         "hang", "no progress for launch.hang_seconds=1; ranks 0 and 1 yet to begin"
@@ -218,13 +220,13 @@ def test_a_lost_peer_is_not_the_reason_while_deepspeed_has_not_ended(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = iter([0, 1])
-    monkeypatch.setattr(process, "count_oom_kills", lambda: next(counts))
-    monkeypatch.setattr(process, "ERROR_SECONDS", 1.0)
+    monkeypatch.setattr(local, "count_oom_kills", lambda: next(counts))
+    monkeypatch.setattr(attempts, "ERROR_SECONDS", 1.0)
     assert run(attempt, "lost") == Outcome("oom", f"rank 1 was ended by SIGKILL: {KERNEL}")
 
 
 def test_of_several_ranks_that_are_gone_the_first_counts(attempt: Attempt) -> None:
-    watch = process._Watch(attempt, world_size=3)
+    watch = attempts._Watch(attempt, world_size=3)
     for rank in range(3):
         Heart(attempt.path, rank)
     assert watch.remains().gone == []
@@ -249,7 +251,7 @@ def test_a_killed_guard_leaves_nothing_and_is_no_success(attempt: Attempt) -> No
 
 
 def guarded(code: str, grace: float = 1.0, memory: str = "", cores: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-I", "-S", str(process.GUARD), str(grace), memory, cores, sys.executable, "-c", code]
+    command = [sys.executable, "-I", "-S", str(local.GUARD), str(grace), memory, cores, sys.executable, "-c", code]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -342,11 +344,12 @@ def test_ranks_do_not_outlive_a_killed_harness(attempt: Attempt) -> None:
     code = """
 import sys
 from pathlib import Path
-from harness.launch import process
+from harness.launch.attempts import run_attempt
+from harness.launch.backends import local
 from harness.machine import detect_machine
 from harness.record.store import Attempt
-process.WORKER, attempt = "fake_rank", Attempt(Path(sys.argv[1]))
-process.run_attempt(attempt, attempt.config(), detect_machine(), echo=False)
+local.WORKER, attempt = "fake_rank", Attempt(Path(sys.argv[1]))
+run_attempt(attempt, attempt.config(), detect_machine(), echo=False)
 """
     environment = child_environment(make_config(), MACHINE)
     harness = subprocess.Popen([sys.executable, "-c", code, str(attempt.path)], env=environment)
@@ -368,14 +371,14 @@ def test_without_error_files_the_log_is_read(attempt: Attempt) -> None:
 def test_a_taken_port_is_tried_once_more(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
 
-    def start(attempt: Attempt, *_: object) -> Outcome:
+    def start(backend: object, attempt: Attempt, *_: object) -> Outcome:
         starts.append(sorted(path.name for path in attempt.path.glob("errors/*")))
         attempt.log_file.touch()
         attempt.error_file(0).parent.mkdir(exist_ok=True)
         write_json(attempt.error_file(0), {"type": "DistNetworkError", "message": "EADDRINUSE", "time": 1.0})
         return Outcome("crashed", "port")
 
-    monkeypatch.setattr(process, "_run_once", start)
+    monkeypatch.setattr(attempts, "_run_once", start)
     run_attempt(attempt, make_config(), MACHINE, echo=False)
     assert starts == [[], []]
     run_attempt(attempt, make_config("launch.master_port=29501"), MACHINE, echo=False)
@@ -519,5 +522,5 @@ def test_ranks_inherit_no_other_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not set(foreign) & set(environment)
     assert environment["NCCL_DEBUG"] == "INFO"
     assert environment["OMP_NUM_THREADS"] == "2"
-    assert environment["PYTHONPATH"].startswith(str(process.REPOSITORY))
+    assert environment["PYTHONPATH"].startswith(str(local.REPOSITORY))
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))

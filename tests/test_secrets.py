@@ -15,9 +15,10 @@ from helpers import MACHINE, make_config
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import ConfigError
-from harness.launch import process
+from harness.launch.backends.local import child_environment
 from harness.launch.compose import Composer, compose
-from harness.launch.sweep import expand, run_batch
+from harness.launch.points import expand
+from harness.launch.sweep import run_batch
 from harness.record.store import Point, SweepDirectory, read_json
 from harness.run import worker
 from harness.secrets import TYPED_OUT, fill_in, hide, refuse_typed_out, settle, variables
@@ -211,9 +212,9 @@ def test_ranks_fill_in_and_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
 def test_ranks_inherit_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that look like those of another job's ranks are dropped otherwise."""
     monkeypatch.setenv("MASTER_API_KEY", SECRET)
-    assert "MASTER_API_KEY" not in process.child_environment(make_config(), MACHINE)
+    assert "MASTER_API_KEY" not in child_environment(make_config(), MACHINE)
     config = load_config(compose(["deepspeed.comet.api_key=${oc.env:MASTER_API_KEY}"]), MACHINE)
-    assert process.child_environment(config, MACHINE)["MASTER_API_KEY"] == SECRET
+    assert child_environment(config, MACHINE)["MASTER_API_KEY"] == SECRET
 
 
 def end_with(status: int) -> NoReturn:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.launch.compose import Composer
-from harness.launch.sweep import expand
+from harness.launch.points import expand
 from harness.machine import Machine
 from harness.spec.config import REPOSITORY
 from harness.spec.resolve import load_config

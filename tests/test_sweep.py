@@ -15,12 +15,14 @@ import pytest
 from helpers import MACHINE, make_config, step_records
 
 from harness.errors import ConfigError
-from harness.launch import process, sweep
+from harness.launch import attempts, sweep
+from harness.launch.backends import local
+from harness.launch.backends.local import Slots
 from harness.launch.compose import Composer
-from harness.launch.process import Outcome
-from harness.launch.slots import Slots
-from harness.launch.sweep import Measured, expand, run_batch
+from harness.launch.points import check_points, expand
+from harness.launch.sweep import Measured, run_batch
 from harness.machine import Machine, detect_machine
+from harness.record.diagnose import Outcome
 from harness.record.metrics import summarize
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
 from harness.spec.config import RunConfig
@@ -106,7 +108,7 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     stand_in = Ranks()
-    monkeypatch.setattr(process, "run_attempt", stand_in.run_attempt)
+    monkeypatch.setattr(attempts, "run_attempt", stand_in.run_attempt)
     monkeypatch.setattr(sweep, "detect_machine", lambda: MACHINE)
     return stand_in
 
@@ -245,7 +247,7 @@ def test_what_is_measured_while_an_earlier_sweep_is_ended_counts(
     gone = {"status": "running", "pid": 1, "pid_started": -1}
     write_json(result.with_name("status.json"), read_json(result.with_name("status.json")) | gone)
     result.rename(result.with_name("later"))
-    monkeypatch.setattr(sweep, "end_marked", lambda _: result.with_name("later").rename(result))
+    monkeypatch.setattr(local, "end_marked", lambda _: result.with_name("later").rename(result))
     measure(tmp_path, ["", "parallel.tp=2"])
     assert ranks.started == ["tp2_pp1_dp1_mbs1/attempt-1"]
     assert [row["status"] for row in rows(tmp_path).values()] == ["ok", "ok"]
@@ -437,7 +439,7 @@ def test_points_run_side_by_side(tmp_path: Path, ranks: Ranks, monkeypatch: pyte
         together.wait()
         return run(*arguments, **options)
 
-    monkeypatch.setattr(process, "run_attempt", meet)
+    monkeypatch.setattr(attempts, "run_attempt", meet)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     points = [f"train.seed={seed}" for seed in range(4)]
     measured = measure(tmp_path, points, "launch.slots=2")
@@ -462,6 +464,6 @@ def test_a_thousand_points_are_checked_in_seconds() -> None:
         {},
         [],
     )
-    candidates = sweep.check_points(grid, Composer(), MACHINE)
+    candidates = check_points(grid, Composer(), MACHINE)
     assert len(candidates) == 1024
     assert len({candidate.identity for candidate in candidates if candidate.config}) > 500

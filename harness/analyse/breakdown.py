@@ -1,33 +1,22 @@
 """Where the time of a finished or killed run went, from the span files of its ranks.
 
-Called by rank 0 for result.json, and as a program for the pictures and the trace:
-
-    python -m harness.analyse.breakdown ATTEMPT_DIR
-
-It reads what is there: a rank that was killed leaves a file that is cut off, and then the steps that all ranks
-have whole are used, and what is lost is said.
+Called by rank 0 for result.json, and for the pictures and the trace. It reads what is there: a rank that was killed
+leaves a file that is cut off, and then the steps that all ranks have whole are used, and what is lost is said.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from harness.analyse.explain import BubbleExplanation, explain
-from harness.record.mirror import finish_mirrors
-from harness.record.store import Attempt, read_json, read_jsonl, write_json
+from harness.record.store import Attempt, read_jsonl
 from harness.spans.accounting import PARTS, Accounting, account
 from harness.spans.files import SpanFile, aligned, read_spans
-from harness.spans.perfetto import chrome_trace
 from harness.spans.span import Bubble, activity, as_dict, bubble_of_step, median_bubble
-from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.config import RunConfig
 from harness.spec.schedules import Schedule, build_schedule
 from harness.spec.topology import Topology
 
@@ -37,9 +26,6 @@ TOLERANCE = 0.01
 """Share of a step that its parts may miss."""
 MOST_STEPS = 10
 """As many timed steps, evenly spread, are looked into: this happens while the user waits for the result."""
-PICTURES_SECONDS = 60.0
-MISSING = "pictures.json"
-"""What an attempt's pictures lack; absent where they are whole."""
 
 
 @dataclass(frozen=True)
@@ -160,108 +146,3 @@ def _mean_explanation(explanations: Sequence[BubbleExplanation]) -> dict[str, An
         "causes_seconds": mean_of_causes([e.causes_seconds for e in explanations]),
         "causes_percent": mean_of_causes([e.causes_percent for e in explanations]),
     }
-
-
-def write_pictures(attempt: Attempt) -> list[str]:
-    """Write accounting.png and timeline.png, and trace.json if `tracking.trace_steps` asks for it.
-
-    Returns:
-        What is missing, in sentences.
-    """
-    from harness.record.plots import accounting_picture, timeline_picture
-
-    config = attempt.config()
-    run = read_run(attempt, config)
-    losses = list(run.losses)
-    if run.timed_steps:
-        title = f"{config.model.name}  {config.slug}  m={config.num_micro_batches}"
-        accounting_picture(breakdown(run)["accounting"], attempt.path / "accounting.png", title)
-        step = _typical_step(run)
-        shown = {rank: file.instructions(step) for rank, file in enumerate(run.files) if file.header["dp"] == 0}
-        timeline_picture(shown, attempt.path / "timeline.png", f"{title}  step {step}")
-    there = set[int]().union(*({span.step for span in file.spans} for file in run.files))
-    steps = there.intersection(config.tracking.trace_steps)
-    losses += [f"step {step} left no spans" for step in sorted(set(config.tracking.trace_steps) - there)]
-    if steps:
-        there_are = [file for file in run.files if file.header]
-        trace = chrome_trace(there_are, run.topology.pipelines(), run.schedule.stages, steps)
-        write_json(attempt.path / "trace.json", trace)
-    return losses
-
-
-def _typical_step(run: RunSpans) -> int:
-    """The timed step of median duration."""
-    seconds = run.files[0].step_seconds()
-    return sorted(run.timed_steps, key=seconds.__getitem__)[len(run.timed_steps) // 2]
-
-
-def start_pictures(attempt: Attempt) -> subprocess.Popen[bytes] | None:
-    """`write_pictures` in a child process that leaves the processor to others.
-
-    None when no step was done, so that there is nothing to draw and to miss, or it can't start.
-    """
-    if not read_jsonl(attempt.metrics_file):
-        return None
-    command = [sys.executable, "-m", "harness.analyse.breakdown", str(attempt.path.resolve())]
-    try:
-        return subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        logging.getLogger(__name__).warning("pictures are not drawn: %s", error)
-        return None
-
-
-def finish_pictures(children: Sequence[subprocess.Popen[bytes] | None], timeout: float = PICTURES_SECONDS) -> list[str]:
-    """Wait for children of `start_pictures`, and end those that are late.
-
-    Returns:
-        A line for each attempt of which something is missing.
-    """
-    warnings = []
-    for child in filter(None, children):
-        path = Path(child.args[-1])  # type: ignore[index, arg-type]
-        try:
-            failed = child.wait(timeout) != 0
-            missing = (read_json(path / MISSING) or {}).get("missing", ["no pictures"] if failed else [])
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-            missing = [f"no pictures within {timeout:g} s"]
-        if missing:
-            warnings.append(f"{path.parent.name}/{path.name}: {'; '.join(missing)}")
-    return warnings
-
-
-def draw_and_finish(attempt: Attempt, mirror: subprocess.Popen[bytes] | None) -> None:
-    """After a single run: draw its pictures, and wait for them and for its mirror within their time limits."""
-    pictures = start_pictures(attempt)
-    for warning in finish_mirrors([mirror], attempt.config().tracking.wandb.timeout_seconds):
-        print(f"warning: {warning}", file=sys.stderr)
-    for warning in finish_pictures([pictures]):
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Draw the pictures of attempts, print what they lack and leave it beside them; the exit status."""
-    os.nice(19)
-    failed = False
-    for attempt in map(Attempt, map(Path, arguments)):
-        try:
-            missing = write_pictures(attempt)
-        except Exception as error:
-            failed, missing = True, [f"no pictures ({type(error).__name__}: {' '.join(str(error).split())})"]
-        (attempt.path / MISSING).unlink(missing_ok=True)
-        if missing:
-            print(f"{attempt.path}: {'; '.join(missing)}")
-            write_json(attempt.path / MISSING, {"missing": missing})
-    return int(failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

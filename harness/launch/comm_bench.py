@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 
 from harness.errors import ConfigError
-from harness.launch.train import run_single
+from harness.launch import attempts
+from harness.launch.single import run_single
 from harness.machine import Machine
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, write_atomically
@@ -21,10 +22,8 @@ def main(argv: Sequence[str]) -> int:
     """Measure one layout; 0 when all was measured, 1 when that failed, 2 when it can't run."""
 
     def measure(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
-        from harness.launch.process import run_attempt
-
         write_atomically(attempt.command_file, shlex.join(["python", "launchers/comm_bench.py", *argv]) + "\n")
-        return exit_status(attempt, run_attempt(attempt, config, machine, echo=True, task="comm_bench"))
+        return exit_status(attempt, attempts.run_attempt(attempt, config, machine, echo=True, task="comm_bench"))
 
     return run_single(argv, BENCHED, measure, _identify)
 

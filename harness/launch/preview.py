@@ -4,53 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.record.store import Attempt, Point, SweepDirectory, is_stale
-from harness.spec.config import RunConfig
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a point that was asked for."""
-
-    action: Literal["run", "reuse", "keep", "invalid"]
-    """keep: it failed, and is not tried again."""
-    why: str
-    attempts: list[Attempt] = field(default_factory=list)
-    """Earlier ones that count."""
-    num_runs: int = 0
-    """New ones it takes."""
-
-
-def decide(config: RunConfig, point: Point, now: Mapping[str, Any]) -> Decision:
-    """What becomes of a point that can run.
-
-    Args:
-        now: the environment; what was measured in another one is run again.
-    """
-    repeats, newest = config.sweep.repeats, point.newest_finished()
-    if newest is None:
-        return Decision("run", "interrupted before" if point.attempts() else "not measured yet", num_runs=repeats)
-    content = newest.status()
-    status = content["status"]
-    if is_stale(content.get("environment") or {}, now):
-        return Decision("run", "stale: measured with other versions, hardware or code", num_runs=repeats)
-    if status != "ok" and status not in config.sweep.retry:
-        return Decision("keep", f"{status} before; sweep.retry=[{status}] runs it again", [newest])
-    measured = point.measured_in(now)
-    if missing := max(repeats - len(measured), int(status != "ok")):
-        why = "not measured often enough" if status == "ok" else f"{status} before, and in sweep.retry"
-        return Decision("run", why, measured, missing)
-    return Decision("reuse", "measured already", measured)
+from harness.launch.points import Decision
+from harness.record.store import SweepDirectory
 
 
 def expected_seconds(decisions: Sequence[Decision], sweep: SweepDirectory) -> float | None:

@@ -1,6 +1,6 @@
 """launchers/sweep.py: a grid of points under one name, checked as a whole, then run.
 
-Hydra's multirun drives it. The grid sweeper expands the request (`expand`), the launcher plugin hands the
+Hydra's multirun drives it. The grid sweeper expands the request (`points.expand`), the launcher plugin hands the
 complete batch to `run_batch`, which refuses what can't run, reuses what is measured already, and runs the rest.
 """
 
@@ -12,45 +12,35 @@ import itertools
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
 
-from harness.analyse.breakdown import finish_pictures, start_pictures
+from harness.analyse.finish import Finishing, begin, finish, follow, print_warnings, start_mirrors
 from harness.errors import ConfigError
-from harness.launch.compose import Composer, environment_as_text, open_deepspeed, run_hydra
-from harness.launch.preview import Decision, decide, print_preview
-from harness.launch.process import end_marked, stop_signals
-from harness.launch.slots import Slots
-from harness.launch.train import data_identity, new_attempt, own_overrides, run_and_mirror
+from harness.launch import attempts
+from harness.launch.backends import backend_of
+from harness.launch.compose import Composer, environment_as_text, run_hydra
+from harness.launch.points import Candidate, Run, check_points, decide_all, interleave, open_runs
+from harness.launch.preview import print_preview
 from harness.launch.verify import verify_layouts
 from harness.machine import Machine, detect_machine
 from harness.record.metrics import is_sound, point_row
-from harness.record.mirror import finish_mirrors, start_mirrors
 from harness.record.report import print_report, write_report
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
-from harness.secrets import TypedOut, refuse_typed_out
+from harness.secrets import refuse_typed_out
 from harness.spec.checks import check_sweep_name
-from harness.spec.config import REPOSITORY, RunConfig
-from harness.spec.resolve import load_config
-
-if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
-    from rich.console import Console
-
-Mirror = subprocess.Popen[bytes] | None
-"""A child that writes wandb runs."""
+from harness.spec.config import REPOSITORY
 
 # Flags that ask Hydra for something else than a multirun.
 HYDRA_COMMANDS = frozenset(
@@ -101,89 +91,6 @@ def sweep_directory(config: Mapping[str, Any]) -> SweepDirectory:
     return SweepDirectory(str(config["results_dir"] or REPOSITORY / "results"), name)
 
 
-def expand(
-    arguments: Sequence[str],
-    params: Mapping[str, Any],
-    points: Any,
-    config_loader: ConfigLoader | None = None,
-) -> list[list[str]]:
-    """The overrides of every point: the product of all swept keys and the explicit points.
-
-    Args:
-        arguments: overrides, some with several values: a,b,c or choice(...), range(...), glob(...).
-        params: further keys and their values (`hydra.sweeper.params`); `arguments` win.
-        points: `sweep.points`, a list of strings of overrides.
-
-    Raises:
-        ConfigError: values that can't be enumerated, several of what all points share, or points of another form.
-    """
-    parser = OverridesParser.create(config_loader=config_loader)
-    axes: dict[str, list[list[str]]] = {}
-    for override in parser.parse_overrides(open_deepspeed([*(f"{k}={v}" for k, v in params.items()), *arguments])):
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            axes[key] = [[str(override.input_line)]]
-            continue
-        if of_the_whole_sweep(key):
-            raise ConfigError(f"{override.input_line}: all points of a sweep share {key}; give it one value")
-        try:
-            axes[key] = [[f"{key}={value}"] for value in override.sweep_string_iterator()]
-        except HydraException:
-            raise ConfigError(f"{override.input_line} has no countable values; list them: {key}=1,2,4") from None
-    try:
-        if isinstance(points, str):
-            raise TypeError
-        explicit = [shlex.split(point) for point in points] or [[]]
-    except (TypeError, ValueError, AttributeError):
-        raise ConfigError(
-            f"sweep.points={points} is no list of overrides; write sweep.points=['parallel.tp=2 parallel.pp=1','...']"
-        ) from None
-    for setting in itertools.chain(*explicit):
-        if of_the_whole_sweep(setting.lstrip("+").partition("=")[0]):
-            raise ConfigError(f"{setting} is no point's: all points of a sweep share it; put it beside sweep.points")
-    return [list(itertools.chain(*choice)) for choice in itertools.product(*axes.values(), explicit)]
-
-
-def of_the_whole_sweep(key: str) -> bool:
-    """Whether a key of the configuration has one value in a sweep."""
-    return key in ("launch.slots", "results_dir") or key.partition(".")[0] == "sweep"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A point that was asked for, and whether it can run."""
-
-    overrides: tuple[str, ...]
-    raw: dict[str, Any] | None = None
-    """What was composed."""
-    config: RunConfig | None = None
-    """None: refused."""
-    identity: str = ""
-    reason: str = ""
-    """Of the refusal, one sentence."""
-
-
-def check_points(batch: Sequence[Sequence[str]], composer: Composer, machine: Machine) -> list[Candidate]:
-    """Compose and check every point, its data included, before anything starts."""
-    from harness.corpus import prepare_corpus
-
-    prepare_once = cache(prepare_corpus)
-
-    def check(overrides: tuple[str, ...]) -> Candidate:
-        raw = None
-        try:
-            raw = composer.compose(overrides)
-            config = load_config(raw, machine)
-            identity = data_identity(config, prepare_once)
-        except TypedOut:
-            raise  # before the sweep leaves a trace
-        except ConfigError as error:
-            return Candidate(overrides, raw, reason=str(error))
-        return Candidate(overrides, raw, config, identity)
-
-    return [check(tuple(overrides)) for overrides in batch]
-
-
 @dataclass(frozen=True)
 class Measured:
     """What became of a point that was asked for."""
@@ -193,16 +100,6 @@ class Measured:
     """That of its runs, or `unverified`: measured, but without a passed parity check."""
     tokens_per_second: float = 0.0
     """0 where nothing counts: what a sweeper that searches is to maximize."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """An attempt that counts for a point."""
-
-    config: RunConfig
-    attempt: Attempt
-    reused: bool
-    """Measured earlier."""
 
 
 def run_batch(
@@ -218,8 +115,6 @@ def run_batch(
         ConfigError: the sweep's folder can't be written or belongs to a running sweep, or a secret is typed out.
         KeyboardInterrupt: stopped by a signal, after everything was ended and reported.
     """
-    from rich.console import Console
-
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     refuse_typed_out(itertools.chain(*batch))  # here it ends the sweep, below it would be a row
     machine = detect_machine()
@@ -233,7 +128,8 @@ def run_batch(
         print_preview([*decide_all(candidates, sweep, now).values()], len(candidates), sweep, console)
         return [Measured(c.overrides, "pending" if c.config else "invalid") for c in candidates]
     with _alone(sweep):
-        end_marked(sweep.path)  # what an earlier process left, if it and its guard were killed: it measured until now
+        for backend in {backend_of(candidate.config) for candidate in candidates if candidate.config}:
+            backend.end_leftovers(sweep.path)  # of an earlier process, if it was killed: they measured until now
         decisions = decide_all(candidates, sweep, now)
         points = [list(candidate.overrides) for candidate in candidates]
         sweep.prepare({**request, "points": points, "environment": now})
@@ -242,10 +138,10 @@ def run_batch(
         waiting = interleave([[run for run in repeats if not run.reused] for repeats in runs.values()])
         everything = list(itertools.chain(*runs.values()))
         stopped = verify_layouts(everything, sweep, machine, now, partial(_say, console))
-        mirrors: list[Mirror] = []
+        begun: list[Finishing] = []
         if not stopped:
-            mirrors, stopped = run_all(waiting, machine, console)
-        conclude(sweep, everything, mirrors, console)
+            begun, stopped = run_all(waiting, machine, console)
+        conclude(sweep, everything, begun, console)
     if stopped:
         _say(console, f"Stopped. To resume, run it again: python {shlex.join(sys.argv)}")
         raise KeyboardInterrupt
@@ -274,52 +170,13 @@ def _alone(sweep: SweepDirectory) -> Iterator[None]:
         os.close(folder)
 
 
-def decide_all(candidates: Sequence[Candidate], sweep: SweepDirectory, now: Mapping[str, Any]) -> dict[Any, Decision]:
-    """Identity of a point, or the overrides of one that can't run -> what becomes of it."""
-    decisions: dict[Any, Decision] = {}
-    for candidate in candidates:
-        if candidate.config is None:
-            decisions[candidate.overrides] = Decision("invalid", candidate.reason)
-        elif candidate.identity not in decisions:
-            point = sweep.point(candidate.config, candidate.identity)
-            decisions[candidate.identity] = decide(candidate.config, point, now)
-    return decisions
-
-
-def open_runs(
-    candidates: Sequence[Candidate], decisions: Mapping[Any, Decision], sweep: SweepDirectory
-) -> dict[str, list[Run]]:
-    """Identity -> runs of every point: those that count already, and new attempts.
-
-    Points that can't run are recorded as such.
-    """
-    runs: dict[str, list[Run]] = {}
-    for candidate in candidates:
-        overrides, config = own_overrides(candidate.overrides), candidate.config
-        if config is None:
-            command = shlex.join(["python", "launchers/train.py", *overrides])
-            sweep.record_invalid(overrides, candidate.raw, candidate.reason, command)
-        elif candidate.identity not in runs:
-            sweep.forget_invalid(overrides)
-            decision = decisions[candidate.identity]
-            new = [new_attempt(config, sweep, candidate.identity, overrides) for _ in range(decision.num_runs)]
-            runs[candidate.identity] = [
-                *(Run(config, attempt, reused=True) for attempt in decision.attempts),
-                *(Run(config, attempt, reused=False) for attempt in new),
-            ]
-    return runs
-
-
-def interleave(runs: Sequence[Sequence[Run]]) -> list[Run]:
-    """All points once, then all again: what changes with time, changes every point alike."""
-    return [run for again in itertools.zip_longest(*runs) for run in again if run is not None]
-
-
-def run_all(runs: Sequence[Run], machine: Machine, console: Console) -> tuple[list[Mirror], bool]:
-    """Run all, `launch.slots` at once; the children that mirror them to wandb, and whether a signal stopped it."""
-    slots = Slots(machine, runs[0].config.launch.slots if runs else 1)
-    mirrors: list[Mirror] = []
-    pictures: list[Mirror] = []
+def run_all(runs: Sequence[Run], machine: Machine, console: Console) -> tuple[list[Finishing], bool]:
+    """Run all, `launch.slots` at once; the children that finish them, and whether a signal stopped it."""
+    if not runs:
+        return [], False
+    shared = runs[0].config  # its backend and slots are those of all
+    slots = backend_of(shared).share_out(machine, shared.launch.slots)
+    begun: list[Finishing] = []
     began = time.monotonic()
 
     def run_one(number: int, share: Machine) -> None:
@@ -328,15 +185,15 @@ def run_all(runs: Sequence[Run], machine: Machine, console: Console) -> tuple[li
         left = len(runs) - number - 1
         seconds_to_go = (time.monotonic() - began) / number * (left + 1) if number >= slots.count else None
         with _progress(console, f"{name} runs, {left} left{_to_go(seconds_to_go)}", live=slots.count == 1):
-            outcome, mirror = run_and_mirror(run.attempt, run.config, share, echo=False, received=received)
-        mirrors.append(mirror)
-        pictures.append(start_pictures(run.attempt))
+            following = follow(run.attempt, run.config)
+            outcome = attempts.run_attempt(run.attempt, run.config, share, echo=False, received=received)
+        begun.append(begin(run.attempt, following))
         _say(console, f"{name} {outcome.status}: {outcome.reason or _speed(run.attempt)}")
         if outcome.status == "interrupted" and not received:
             received.append(signal.SIGINT)
 
     waiting, running = deque(range(len(runs))), dict[Future[None], Machine]()
-    with stop_signals() as received, ThreadPoolExecutor(slots.count) as pool:
+    with attempts.stop_signals() as received, ThreadPoolExecutor(slots.count) as pool:
         while running or (waiting and not received):
             while waiting and not received and (share := slots.take(runs[waiting[0]].config)):
                 running[pool.submit(run_one, waiting.popleft(), share)] = share
@@ -345,23 +202,21 @@ def run_all(runs: Sequence[Run], machine: Machine, console: Console) -> tuple[li
                 done.result()
     for number in waiting:
         runs[number].attempt.write_status("interrupted", "the sweep was stopped before it started")
-    for warning in finish_pictures(pictures):
-        print(f"warning: {warning}", file=sys.stderr)
-    return mirrors, bool(received)
+    return begun, bool(received)
 
 
-def conclude(sweep: SweepDirectory, runs: Sequence[Run], mirrors: list[Mirror], console: Console) -> None:
-    """Collect the wandb runs, write and print the report, and say where everything is."""
+def conclude(sweep: SweepDirectory, runs: Sequence[Run], begun: list[Finishing], console: Console) -> None:
+    """Finish the runs, write and print the report, and say where everything is."""
     wandb = runs[0].config.tracking.wandb if runs else None
     wanted = wandb is not None and wandb.mode != "disabled"
     timeout = wandb.timeout_seconds if wandb else 0.0
     lost = [run.attempt.path for run in runs if run.reused and not run.attempt.wandb_run_id()]
     if wanted and lost:
-        mirrors = [*mirrors, start_mirrors(lost)]
-    warnings = finish_mirrors(mirrors, timeout)
+        begun = [*begun, Finishing(start_mirrors(lost))]
+    warnings = finish(begun, timeout)
     rows = write_report(sweep)
     if wanted:
-        warnings += finish_mirrors([start_mirrors([sweep.path])], timeout)
+        warnings += finish([Finishing(start_mirrors([sweep.path]))], timeout)
     console.print()
     print_report(rows, console)
     folder = Path(os.path.relpath(sweep.path)) if sweep.path.is_relative_to(Path.cwd()) else sweep.path
@@ -370,8 +225,7 @@ def conclude(sweep: SweepDirectory, runs: Sequence[Run], mirrors: list[Mirror], 
         _say(console, f"wandb: {offline} offline runs")
         _say(console, f"  wandb leet {folder}/wandb                  shows them in the terminal")
         _say(console, f"  wandb sync {folder}/wandb/offline-run-*    uploads them")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    print_warnings(warnings)
 
 
 def _measured(candidate: Candidate, runs: Sequence[Run]) -> Measured:
@@ -392,8 +246,6 @@ def _speed(attempt: Attempt) -> str:
 
 def _progress(console: Console, line: str, live: bool) -> contextlib.AbstractContextManager[Any]:
     """A live line in a terminal, a plain one elsewhere."""
-    from rich.text import Text
-
     if console.is_terminal and live:
         return console.status(Text(line))
     _say(console, line)

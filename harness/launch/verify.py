@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.launch.train import run_single
+from harness.launch import attempts
+from harness.launch.points import Run
+from harness.launch.single import run_single
 from harness.machine import Machine
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, Point, SweepDirectory, write_atomically, write_json
 from harness.spec.config import RunConfig
 from harness.spec.identity import identity
 from harness.spec.twin import twin_of
-
-if TYPE_CHECKING:
-    from harness.launch.sweep import Run
 
 VERIFIED = "verify"
 """Folder of parity checks under results_dir."""
@@ -25,10 +24,8 @@ def main(argv: Sequence[str]) -> int:
     """Check one layout; 0 when it passes, 1 when it does not or the check failed, 2 when it can't run."""
 
     def verify(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
-        from harness.launch.process import run_attempt
-
         write_atomically(attempt.command_file, shlex.join(["python", "launchers/verify.py", *argv]) + "\n")
-        status = exit_status(attempt, run_attempt(attempt, config, machine, echo=True, task="verify"))
+        status = exit_status(attempt, attempts.run_attempt(attempt, config, machine, echo=True, task="verify"))
         if status != 0:
             return status
         parity = (attempt.result() or {})["parity"]
@@ -78,15 +75,13 @@ def _layout_key(config: RunConfig) -> str:
 
 def _checked(point: Point, run: Run, machine: Machine, now: Mapping[str, Any]) -> Attempt:
     """The parity check of a point, made unless there is one."""
-    from harness.launch.process import run_attempt
-
     if checked := point.measured_in(now):
         return checked[-1]
     attempt = point.new_attempt()
     attempt.write_config(run.config)
     _, _, arguments = run.attempt.command().partition("launchers/train.py")
     write_atomically(attempt.command_file, f"python launchers/verify.py{arguments}\n")
-    run_attempt(attempt, run.config, machine, echo=False, task="verify")
+    attempts.run_attempt(attempt, run.config, machine, echo=False, task="verify")
     return attempt
 
 

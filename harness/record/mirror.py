@@ -1,7 +1,6 @@
 """The wandb mirror: a run directory as one wandb run, a sweep as another with the table of its rows.
 
-It runs in a child process, niced and under a time limit, so that a missing, slow or failing wandb costs a
-warning and never a measurement:
+It runs in a child process of low priority, which `harness.analyse.finish` starts and gives a time limit:
 
     python -m harness.record.mirror ATTEMPT_DIR_OR_SWEEP_DIR ...
 
@@ -14,23 +13,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from harness.record.metrics import row
-from harness.record.store import Attempt, SweepDirectory, read_json, write_json
-from harness.spec.config import REPOSITORY, Wandb
+from harness.record.store import Attempt, SweepDirectory, write_json
+from harness.spec.config import Wandb
 from harness.strict_json import with_numbers
 
 # What a child keeps of the WANDB_* variables: how to reach the server and as whom. The others name a run, and
@@ -43,59 +39,6 @@ KEPT_VARIABLES = frozenset(
 DEFAULTS = Wandb(mode="offline", project="shardwright", entity=None, timeout_seconds=60.0)
 
 
-def start_mirror(attempt: Attempt) -> subprocess.Popen[bytes] | None:
-    """Mirror an attempt in a child process; None when `tracking.wandb.mode` is `disabled`.
-
-    Started while the attempt's status is `running`, it follows metrics.jsonl until the status changes.
-    """
-    return None if _settings(attempt.raw_config()).mode == "disabled" else start_mirrors([attempt.path])
-
-
-def start_mirrors(paths: Sequence[Path]) -> subprocess.Popen[bytes] | None:
-    """Mirror attempt and sweep directories, one after the other, in one child process; None when it can't start."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {key: value for key, value in os.environ.items() if key in KEPT_VARIABLES}
-    command = [sys.executable, "-m", "harness.record.mirror", *(str(path.resolve()) for path in paths)]
-    try:
-        return subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment | {"WANDB_SILENT": "true"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        logging.getLogger(__name__).warning("wandb is not written: %s", error)
-        return None
-
-
-def finish_mirrors(mirrors: Iterable[subprocess.Popen[bytes] | None], timeout: float) -> list[str]:
-    """Wait for children of `start_mirror`, `timeout` seconds in all, and end those that are late.
-
-    Returns:
-        A line for each child that did not write everything.
-    """
-    deadline = time.monotonic() + timeout
-    warnings = []
-    for mirror in filter(None, mirrors):
-        try:
-            failed = mirror.wait(max(0.0, deadline - time.monotonic())) != 0
-            reason = "the process that writes it crashed"
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(mirror.pid, signal.SIGKILL)
-            mirror.wait()
-            failed, reason = True, f"not done in {timeout:g} s"
-        if failed:
-            paths = [Path(argument) for argument in mirror.args[3:]]  # type: ignore[index, arg-type]
-            errors = [(read_json(_outcome_file(path)) or {}).get("error") for path in paths]
-            reason = next(filter(None, errors), reason)
-            warnings.append(f"wandb is not complete ({reason}); report.py --wandb writes what it lacks")
-    return warnings
-
-
 def mirror(attempt: Attempt) -> None:
     """Write the wandb run of an attempt: configuration, history, and the columns of results.csv as its summary."""
     raw, status, columns = attempt.raw_config(), attempt.status(), row(attempt)
@@ -105,7 +48,7 @@ def mirror(attempt: Attempt) -> None:
     topology = {key: columns[key] for key in ("tp", "pp", "dp", "world_size", "num_micro_batches")}
     with _open_run(
         attempt.sweep,
-        _settings(raw),
+        wandb_settings(raw),
         id=f"{attempt.point.name}-{attempt.path.name}-{digest}",
         name=f"{attempt.point.name}/{attempt.path.name}",
         job_type="point",
@@ -121,7 +64,7 @@ def mirror(attempt: Attempt) -> None:
         run.tags += (columns["status"],)
         run.summary.update(columns)
         run.finish(exit_code=int(columns["status"] != "ok"))
-    write_json(_outcome_file(attempt.path), {"run_id": run.id})
+    write_json(outcome_file(attempt.path), {"run_id": run.id})
 
 
 def mirror_sweep(sweep: SweepDirectory) -> None:
@@ -138,7 +81,7 @@ def mirror_sweep(sweep: SweepDirectory) -> None:
     attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
     with _open_run(
         sweep,
-        _settings(attempts[-1].raw_config() if attempts else {}),
+        wandb_settings(attempts[-1].raw_config() if attempts else {}),
         id=f"sweep-{sweep.name}-{_digest(platform.node(), sweep.path.resolve())}",
         name=sweep.name,
         job_type="sweep",
@@ -146,7 +89,7 @@ def mirror_sweep(sweep: SweepDirectory) -> None:
     ) as run:
         run.log({"results": wandb.Table(columns=list(frame.columns), data=frame.to_numpy().tolist())})
         run.summary.update({f"points/{status}": int(count) for status, count in frame["status"].value_counts().items()})
-    write_json(_outcome_file(sweep.path), {"run_id": run.id})
+    write_json(outcome_file(sweep.path), {"run_id": run.id})
 
 
 def _open_run(sweep: SweepDirectory, settings: Wandb, *, id: str, **content: Any) -> Any:
@@ -204,7 +147,7 @@ def _follow(attempt: Attempt) -> Iterator[dict[str, Any]]:
         time.sleep(1)
 
 
-def _settings(raw: Mapping[str, Any]) -> Wandb:
+def wandb_settings(raw: Mapping[str, Any]) -> Wandb:
     """`tracking.wandb` of a configuration; of one that is not valid, the defaults."""
     try:
         return Wandb.model_validate(raw["tracking"]["wandb"])
@@ -216,7 +159,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:6]
 
 
-def _outcome_file(path: Path) -> Path:
+def outcome_file(path: Path) -> Path:
     """Where a mirrored directory keeps its run's id, or why there is none."""
     return path / "wandb" / "sweep.json" if (path / "points").is_dir() else Attempt(path).wandb_file
 
@@ -234,7 +177,7 @@ def main(arguments: Sequence[str]) -> int:
         except Exception as error:
             failed = True
             with contextlib.suppress(OSError):
-                write_json(_outcome_file(path), {"error": " ".join(f"{type(error).__name__}: {error}".split())})
+                write_json(outcome_file(path), {"error": " ".join(f"{type(error).__name__}: {error}".split())})
     return int(failed)
 
 

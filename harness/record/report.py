@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.record import metrics
-from harness.record.mirror import finish_mirrors, start_mirrors
 from harness.record.spread import LARGE_DRIFT
 from harness.record.store import UNFINISHED, Point, SweepDirectory, write_atomically
 
@@ -345,37 +341,3 @@ def _table(rows: Sequence[Row], console: Console) -> Table:
         if not least.dispensable or width <= console.width:
             return table
         columns.remove(least)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`report.py results/NAME [--wandb]`; the exit status."""
-    from rich.console import Console
-
-    parser = argparse.ArgumentParser(prog="report.py", description="Rebuild the report of a sweep from its files.")
-    parser.add_argument("sweep", type=Path, metavar="results/NAME", help="folder of a sweep or of single runs")
-    parser.add_argument("--wandb", action="store_true", help="write the runs that wandb does not have yet")
-    options = parser.parse_args(arguments)
-    folder = options.sweep.resolve()
-    if not (folder / "points").is_dir():
-        print(f"{options.sweep} is not a folder of results (it has no points/); give results/NAME", file=sys.stderr)
-        return 2
-    sweep = SweepDirectory(folder.parent, folder.name)
-    warnings = _mirror_attempts(sweep) if options.wandb else []
-    try:
-        rows = write_report(sweep)
-    except OSError as error:
-        warnings.append(f"results.csv and results.md are not written: {error}")
-        rows = rank(collect(sweep))
-    else:
-        warnings += finish_mirrors([start_mirrors([sweep.path])], 60) if options.wandb else []
-    print_report(rows, Console(width=None if sys.stdout.isatty() else 100))
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return 1 if warnings else 0
-
-
-def _mirror_attempts(sweep: SweepDirectory) -> list[str]:
-    """Write the ended attempts that wandb does not have; warnings."""
-    attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
-    missing = [a.path for a in attempts if not a.wandb_run_id() and a.status()["status"] not in ("pending", "running")]
-    return finish_mirrors([start_mirrors(missing)], timeout=60 + 10 * len(missing)) if missing else []

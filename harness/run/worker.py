@@ -114,7 +114,7 @@ class _UnwatchedRank:
             _run(attempt, "train", self._rank)
             if self._rank == 0:
                 record(attempt, Outcome("ok"))
-                _draw_and_mirror(attempt)
+                _finish_run(attempt)
         except BaseException as error:
             self._fail(error)
         _finish(0, self._copies)
@@ -159,7 +159,7 @@ class _UnwatchedRank:
         if self._rank == 0:
             exit_status(attempt, outcome)
             if outcome.status not in ("ok", "interrupted"):
-                _draw_and_mirror(attempt)
+                _finish_run(attempt)
 
     def _remains(self, attempt: Attempt) -> Remains:
         """What all ranks left, waiting a moment while nothing shows why they lost each other."""
@@ -252,12 +252,11 @@ def _finish(status: int, copies: Sequence[subprocess.Popen[bytes]] = ()) -> NoRe
     os._exit(status)
 
 
-def _draw_and_mirror(attempt: Attempt) -> None:
+def _finish_run(attempt: Attempt) -> None:
     """Draw the run's pictures and write it to wandb, from child processes under time limits."""
-    from harness.analyse.breakdown import draw_and_finish
-    from harness.record.mirror import start_mirror
+    from harness.analyse.finish import finish_now
 
-    draw_and_finish(attempt, start_mirror(attempt))
+    finish_now(attempt)
 
 
 if __name__ == "__main__":

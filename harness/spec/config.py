@@ -56,8 +56,11 @@ class Model(Section):
         Field(description="; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items())),
     ]
     num_hidden_layers: PositiveInt
+    """Transformer blocks."""
     hidden_size: PositiveInt
+    """Width of the residual stream."""
     num_attention_heads: PositiveInt
+    """Query heads of a block."""
     num_key_value_heads: PositiveInt
     """Fewer than num_attention_heads: grouped-query attention."""
     head_dim: PositiveInt
@@ -65,10 +68,13 @@ class Model(Section):
     intermediate_size: PositiveInt
     """Width of the feed-forward layer."""
     vocab_size: PositiveInt
+    """Different tokens."""
     max_position_embeddings: PositiveInt
+    """Longest sequence the model is made for."""
     tie_word_embeddings: bool
     """The output head shares the weight of the token embedding."""
     norm_epsilon: PositiveFloat
+    """Added to the variance in normalization layers."""
     rope_theta: PositiveFloat
     """Base of the rotary positions (llama)."""
     initializer_range: PositiveFloat
@@ -147,14 +153,19 @@ class Train(Section):
     warmup_steps: NonNegativeInt
     """First steps left out of all timings."""
     precision: PrecisionName
+    """Type of weights and activations in forward and backward; the optimizer steps in fp32."""
     optimizer: Literal["adamw", "sgd"]
+    """adamw: Adam with decoupled weight decay. sgd: without momentum."""
     learning_rate: NonNegativeFloat
+    """Its largest value."""
     learning_rate_warmup_steps: NonNegativeInt
     """Steps of linear rise to learning_rate."""
     learning_rate_decay: Literal["cosine", "constant"]
     """Course after the rise; cosine ends at a tenth of learning_rate."""
     adam_betas: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+    """Decay of the running means of the gradient and of its square."""
     adam_epsilon: PositiveFloat
+    """Added to the denominator of Adam's update."""
     weight_decay: NonNegativeFloat
     """Applied to matrices, not to biases and norm weights."""
     gradient_clipping: NonNegativeFloat
@@ -186,35 +197,45 @@ class Data(Section):
     tokenizer: str
     """`bytes`, or a folder with a `transformers` tokenizer."""
     hub_split: str
+    """Split of the dataset."""
     hub_column: str
+    """Column of the dataset that holds the text."""
 
 
 class Cluster(Section):
-    """The hardware a layout is meant for: datasheet values, empty where not known."""
+    """The hardware a layout is meant for: datasheet values, empty where not known.
+
+    A run reads device_name and peak_flops, for its MFU. The others are for predictions of layouts; no run reads them.
+    """
 
     name: str
+    """Label of the cluster; for predictions, no run reads it."""
     device_name: str | None
     """The name the device reports, or a part of it that no file of conf/cluster/ has; null: what this machine has. MFU
     uses peak_flops where it fits."""
     num_nodes: PositiveInt
+    """Nodes; for predictions, no run reads it."""
     devices_per_node: PositiveInt | None
-    """null: what this machine has."""
+    """null: what this machine has; for predictions, no run reads it."""
     peak_flops: dict[PrecisionName, PositiveFloat | None]
     """Dense matrix FLOP/s of one device, per precision."""
     memory_bytes: PositiveInt | None
-    """Memory of one device."""
+    """Memory of one device; for predictions, no run reads it."""
     intra_node_bytes_per_second: PositiveFloat | None
-    """Link bandwidth of one device inside a node, one direction."""
+    """Link bandwidth of one device inside a node, one direction; for predictions, no run reads it."""
     inter_node_bytes_per_second: PositiveFloat | None
-    """Network bandwidth of one device between nodes, one direction."""
+    """Network bandwidth of one device between nodes, one direction; for predictions, no run reads it."""
 
 
 class Wandb(Section):
     """Weights & Biases: a mirror of the run directory, never its source."""
 
     mode: Literal["offline", "online", "disabled"]
+    """offline: files that `wandb sync` uploads; online: at once; disabled: nothing."""
     project: str
+    """Project of the runs."""
     entity: str | None
+    """User or team that owns them; null: the default of the key."""
     timeout_seconds: PositiveFloat
     """Limit for writing one run; a slower one is given up with a warning."""
 
@@ -223,6 +244,7 @@ class Tracking(Section):
     """What is written down about a run."""
 
     wandb: Wandb
+    """The mirror of each run."""
     live: bool
     """wandb follows metrics.jsonl while the run trains, instead of at its end."""
     span_steps: NonNegativeInt
@@ -236,6 +258,8 @@ class Tracking(Section):
 class Launch(Section):
     """How processes are started and when they are given up."""
 
+    backend: str = "local"
+    """Where they are started, one of the table in harness/launch/backends. local: on this host, by `deepspeed`."""
     timeout_seconds: PositiveFloat
     """Wall time of one run, start included."""
     hang_seconds: PositiveFloat
@@ -280,8 +304,9 @@ class CommBench(Section):
     """What launchers/comm_bench.py measures."""
 
     min_bytes: PositiveInt
+    """Smallest size of an operation."""
     max_bytes: PositiveInt
-    """Sizes grow by 4 from min_bytes to max_bytes."""
+    """Largest size; they grow by 4 from min_bytes on."""
     repeats: PositiveInt
     """Samples of each size, whose median counts."""
 
@@ -299,6 +324,7 @@ class RunConfig(Section):
     sweep: Sweep
     comm_bench: CommBench
     results_dir: str
+    """Folder of all sweeps and runs (`null` in the configuration: results/ of the repository)."""
     deepspeed: dict[str, Any]
     """DeepSpeed settings merged last into ds_config.json; each rank fills in `${oc.env:NAME}` (`harness.secrets`)."""
 

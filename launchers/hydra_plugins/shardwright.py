@@ -59,7 +59,7 @@ class ShardwrightSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Expand the request and run it."""
         from harness.launch.compose import environment_as_text
-        from harness.launch.sweep import expand
+        from harness.launch.points import expand
 
         assert self.config is not None
         assert self.hydra_context is not None

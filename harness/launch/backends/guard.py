@@ -1,6 +1,6 @@
 """The guard of one attempt: parent of last resort of all its processes, which outlive neither it nor its starter.
 
-    python -I -S harness/launch/guard.py GRACE_SECONDS MEMORY_LIMIT_BYTES CORES COMMAND ...
+    python -I -S harness/launch/backends/guard.py GRACE_SECONDS MEMORY_LIMIT_BYTES CORES COMMAND ...
 
 It runs COMMAND and ends with its exit status (128 + n for signal n), after every process that COMMAND left. As their
 subreaper it stays the ancestor of those that leave its session or lose their parent. Standard input is a pipe:

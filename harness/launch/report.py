@@ -1,0 +1,45 @@
+"""launchers/report.py: the report of a sweep, rebuilt from its files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.analyse.finish import Finishing, finish, print_warnings, start_mirrors
+from harness.record.report import collect, print_report, rank, write_report
+from harness.record.store import SweepDirectory
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`report.py results/NAME [--wandb]`; the exit status."""
+    parser = argparse.ArgumentParser(prog="report.py", description="Rebuild the report of a sweep from its files.")
+    parser.add_argument("sweep", type=Path, metavar="results/NAME", help="folder of a sweep or of single runs")
+    parser.add_argument("--wandb", action="store_true", help="write the runs that wandb does not have yet")
+    options = parser.parse_args(arguments)
+    folder = options.sweep.resolve()
+    if not (folder / "points").is_dir():
+        print(f"{options.sweep} is not a folder of results (it has no points/); give results/NAME", file=sys.stderr)
+        return 2
+    sweep = SweepDirectory(folder.parent, folder.name)
+    warnings = _mirror_attempts(sweep) if options.wandb else []
+    try:
+        rows = write_report(sweep)
+    except OSError as error:
+        warnings.append(f"results.csv and results.md are not written: {error}")
+        rows = rank(collect(sweep))
+    else:
+        warnings += finish([Finishing(start_mirrors([sweep.path]))], 60) if options.wandb else []
+    print_report(rows, Console(width=None if sys.stdout.isatty() else 100))
+    print_warnings(warnings)
+    return 1 if warnings else 0
+
+
+def _mirror_attempts(sweep: SweepDirectory) -> list[str]:
+    """Write the ended attempts that wandb does not have; warnings."""
+    attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
+    missing = [a.path for a in attempts if not a.wandb_run_id() and a.status()["status"] not in ("pending", "running")]
+    return finish([Finishing(start_mirrors(missing))], 60 + 10 * len(missing)) if missing else []
