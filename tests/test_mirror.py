@@ -18,8 +18,9 @@ from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt
 from harness.machine import process_started
 from harness.record import mirror as tracking
 from harness.record import report
-from harness.record.metrics import COLUMNS, row
+from harness.record.columns import names
 from harness.record.mirror import finish_mirrors, start_mirror
+from harness.record.rows import row
 from harness.record.store import Attempt, SweepDirectory, environment, read_jsonl
 
 LIMIT_SECONDS = 300.0  # for a busy machine
@@ -114,7 +115,7 @@ class TestMeasuredRun:
 
     def test_summary(self, run: OfflineRun, attempt: Attempt) -> None:
         assert own(run.summary) == row(attempt)
-        assert set(own(run.summary)) == set(COLUMNS)
+        assert set(own(run.summary)) == set(names())
 
 
 class TestOtherRuns:
@@ -144,7 +145,7 @@ class TestOtherRuns:
         table = run.history[0]["results"]
         (folder,) = mirrored.path.glob(f"wandb/offline-run-*-{run_id}")
         content = json.loads((folder / "files" / table["path"]).read_text())
-        assert content["columns"] == list(COLUMNS)
+        assert content["columns"] == names()
         assert (table["nrows"], len(content["data"])) == (4, 4)
         rows = [dict(zip(content["columns"], line, strict=True)) for line in content["data"]]
         assert [line["status"] for line in rows] == ["ok", "crashed", "invalid", "oom"]

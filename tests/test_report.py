@@ -21,8 +21,8 @@ from rich.console import Console
 
 from harness.machine import Machine
 from harness.record import report
-from harness.record.metrics import COLUMNS
-from harness.record.report import collect, csv_text, headline, legend, markdown, number, print_report, rank
+from harness.record.columns import names, number
+from harness.record.report import collect, csv_text, headline, legend, markdown, print_report, rank
 from harness.record.store import SweepDirectory, environment, write_json
 from harness.spec.config import REPOSITORY
 
@@ -31,7 +31,7 @@ HOSTILE = "a|b\n## heading `tick` <b>bold</b> [red]markup[/red] *star* \\ ```"
 
 def make_row(seconds: float | None = None, low: float | None = None, high: float | None = None, **values: Any) -> dict:
     """A row of 1000 tokens per step; measured when it has seconds."""
-    row = dict.fromkeys(COLUMNS) | {"status": "ok" if seconds else "crashed", "world_size": 2, "oversubscribed": False}
+    row = dict.fromkeys(names()) | {"status": "ok" if seconds else "crashed", "world_size": 2, "oversubscribed": False}
     row |= {"point": "p", "tp": 1, "pp": 2, "dp": 1} | values
     if seconds:
         row |= {"step_seconds": seconds, "step_seconds_p10": low or seconds, "step_seconds_p90": high or seconds}
@@ -145,7 +145,7 @@ class TestFiles:
     def test_csv_through_pandas(self, sweep: SweepDirectory) -> None:
         rows = report.write_report(sweep)
         frame = pandas.read_csv(sweep.path / "results.csv")
-        assert list(frame.columns) == list(COLUMNS)
+        assert list(frame.columns) == names()
         assert list(frame["status"]) == ["ok", "ok", "invalid", "oom"]
         assert list(frame["point"]) == [row["point"] for row in rows]
         assert frame["step_seconds"][0] == rows[0]["step_seconds"]

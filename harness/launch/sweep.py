@@ -36,9 +36,10 @@ from harness.launch.slots import Slots
 from harness.launch.train import data_identity, new_attempt, own_overrides, run_and_mirror
 from harness.launch.verify import verify_layouts
 from harness.machine import Machine, detect_machine
-from harness.record.metrics import is_sound, point_row
 from harness.record.mirror import finish_mirrors, start_mirrors
 from harness.record.report import print_report, write_report
+from harness.record.rows import point_row
+from harness.record.sources import is_sound
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
 from harness.secrets import TypedOut, refuse_typed_out
 from harness.spec.checks import check_sweep_name
