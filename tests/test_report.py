@@ -327,3 +327,41 @@ class TestCommand:
         attempt = sweep.points()[1].attempts()[0]
         write_json(attempt.result_file, {"row": []})
         assert report.main([str(sweep.path)]) == 0
+
+
+class TestColumns:
+    def test_are_printed_as_in_results_csv(self, sweep: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+        assert report.main([str(sweep.path), "--columns", "status, step_seconds,mfu,tp"]) == 0
+        header, _, *lines = capsys.readouterr().out.splitlines()
+        assert header.split() == ["status", "step_seconds", "mfu", "tp"]
+        frame = pandas.read_csv(sweep.path / "results.csv")
+        assert [line.split() for line in lines[:2]] == [
+            ["ok", str(seconds), str(tp)] for seconds, tp in zip(frame["step_seconds"][:2], frame["tp"], strict=False)
+        ]
+        assert len(lines) == len(frame)
+
+    def test_long_values_are_whole(self, sweep: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+        long = "deepspeed launchers/train.py [bold] " + "x" * 300
+        record_attempt(sweep, "parallel.tp=2", step_seconds=[0.05] * 3, command=long)
+        assert report.main([str(sweep.path), "--columns=command"]) == 0
+        assert long.replace(" ", "") in "".join(capsys.readouterr().out.split())
+
+    @pytest.mark.parametrize(
+        ("wanted", "words"),
+        [
+            ("tp,tokens_per_sec", "no column 'tokens_per_sec'; near: tokens_per_second, tokens_per_second_per_device"),
+            ("MFU", "no column 'MFU'; near: mfu"),
+            ("loss", "near: first_loss, last_loss, eval_loss"),
+            ("qqqq", "no column 'qqqq'; results/README.md lists them all"),
+            ("tp,", "no column ''"),
+        ],
+    )
+    def test_a_column_there_is_not_is_refused_before_anything_is_written(
+        self, sweep: SweepDirectory, capsys: pytest.CaptureFixture[str], wanted: str, words: str
+    ) -> None:
+        assert report.main([str(sweep.path), "--wandb", "--columns", wanted]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert words in printed.err
+        assert not list(sweep.path.glob("results.*"))
+        assert not (sweep.path / "wandb").exists()

@@ -10,9 +10,11 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import ConfigError
 from harness.record import columns
 from harness.record.columns import NOT_SHOWN, Column, Shown
 from harness.record.mirror import finish_mirrors, start_mirrors
@@ -24,6 +26,9 @@ from harness.record.store import UNFINISHED, Point, SweepDirectory, write_atomic
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+MOST_NEAR = 4
+"""Columns that are suggested for one there is not."""
 
 
 def collect(sweep: SweepDirectory) -> list[Row]:
@@ -297,17 +302,61 @@ def _table(rows: Sequence[Row], console: Console) -> Table:
         shown.remove(least)
 
 
+def columns_named(text: str) -> list[str]:
+    """Names of columns of results.csv, separated by commas.
+
+    Raises:
+        ConfigError: there is no such column; it says which are near.
+    """
+    known = columns.names()
+    wanted = [name.strip() for name in text.split(",")]
+    for name in wanted:
+        if name not in known:
+            similar = [
+                *(other for other in known if name and name.lower() in other),
+                *get_close_matches(name.lower(), known),
+            ]
+            near = ", ".join(list(dict.fromkeys(similar))[:MOST_NEAR])
+            raise ConfigError(f"no column {name!r}; {f'near: {near}' if near else 'results/README.md lists them all'}")
+    return wanted
+
+
+def print_columns(rows: Sequence[Row], wanted: Sequence[str], console: Console) -> None:
+    """Some columns of all rows in a terminal, with the values that results.csv has.
+
+    Args:
+        rows: as `rank` returns them.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
+    for name in wanted:
+        is_text = any(isinstance(row[name], str) for row in rows)
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row[name] is None else escape(str(row[name])) for name in wanted))
+    console.print(table)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """`report.py results/NAME [--wandb]`; the exit status."""
+    """`report.py results/NAME [--columns A,B,C] [--wandb]`; the exit status."""
     from rich.console import Console
 
     parser = argparse.ArgumentParser(prog="report.py", description="Rebuild the report of a sweep from its files.")
     parser.add_argument("sweep", type=Path, metavar="results/NAME", help="folder of a sweep or of single runs")
+    parser.add_argument("--columns", metavar="A,B,C", help="print just these columns of results.csv")
     parser.add_argument("--wandb", action="store_true", help="write the runs that wandb does not have yet")
     options = parser.parse_args(arguments)
     folder = options.sweep.resolve()
     if not (folder / "points").is_dir():
         print(f"{options.sweep} is not a folder of results (it has no points/); give results/NAME", file=sys.stderr)
+        return 2
+    try:
+        wanted = None if options.columns is None else columns_named(options.columns)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     sweep = SweepDirectory(folder.parent, folder.name)
     warnings = _mirror_attempts(sweep) if options.wandb else []
@@ -318,7 +367,11 @@ def main(arguments: Sequence[str]) -> int:
         rows = rank(collect(sweep))
     else:
         warnings += finish_mirrors([start_mirrors([sweep.path])], 60) if options.wandb else []
-    print_report(rows, Console(width=None if sys.stdout.isatty() else 100))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if wanted is None:
+        print_report(rows, console)
+    else:
+        print_columns(rows, wanted, console)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return 1 if warnings else 0
