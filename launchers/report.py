@@ -1,4 +1,4 @@
-"""Rebuild the tables of a sweep from its files: `python launchers/report.py results/NAME [--wandb]`."""
+"""Rebuild the tables of a sweep from its files: `python launchers/report.py results/NAME [--columns A,B] [--wandb]`."""
 
 import sys
 from pathlib import Path

@@ -15,7 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from harness.machine import Machine
-from harness.record.metrics import StepRecord, metrics_line, summarize
+from harness.record.columns import measured_columns
+from harness.record.sources import MeasuredRun
+from harness.record.steps import StepRecord, metrics_line
 from harness.record.store import Attempt, Status, SweepDirectory, environment, write_atomically, write_json
 from harness.spans.span import Bubble
 from harness.spec.config import REPOSITORY, RunConfig
@@ -76,7 +78,7 @@ def record_attempt(
     records = step_records(step_seconds)
     lines = [json.dumps(metrics_line(record, config)) + "\n" for record in records]
     if status == "ok":
-        measured = summarize(config, records, gemm_flops_per_second=1e11, peak_flops_per_second=None, machine=machine)
+        measured = measured_columns(MeasuredRun(config, records, machine, gemm_flops_per_second=1e11))
         write_json(attempt.result_file, {"row": measured})
     else:
         lines = [*lines[:2], lines[2][:10]]

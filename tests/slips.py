@@ -275,50 +275,73 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/record/metrics.py",
+        "harness/record/columns.py",
         "tests/test_metrics.py -k summary_by_hand",
         False,
         {
             "ends_of_the_range_swapped": (
-                '"step_seconds_p10": float(numpy.percentile(seconds, 10))',
-                '"step_seconds_p10": float(numpy.percentile(seconds, 90))',
+                "measured=lambda run: percentile(10)(run.seconds)",
+                "measured=lambda run: percentile(90)(run.seconds)",
             ),
-            "mean_for_median": ("step_seconds = median(seconds)", "step_seconds = sum(seconds) / len(seconds)"),
             "mean_bubble_for_median": (
-                '"bubble_fraction_measured": median(record.bubble.fraction for record in timed)',
-                '"bubble_fraction_measured": sum(record.bubble.fraction for record in timed) / len(timed)',
+                "median(record.bubble.fraction for record in run.timed)",
+                "sum(record.bubble.fraction for record in run.timed) / len(run.timed)",
             ),
+            "mfu_of_the_gemm_rate": (
+                "run.share_of(run.peak_flops_per_second)",
+                "run.share_of(run.gemm_flops_per_second)",
+            ),
+            "last_peak_of_memory": (
+                "largest([record.peak_memory_bytes for record in run.records])",
+                "run.records[-1].peak_memory_bytes",
+            ),
+            "perplexity_of_base_2": ("else perplexity(run.eval_loss)", "else 2**run.eval_loss"),
+        },
+    ),
+    *slips(
+        "harness/record/sources.py",
+        "tests/test_metrics.py -k summary_by_hand",
+        False,
+        {
+            "mean_for_median": ("return median(self.seconds)", "return sum(self.seconds) / len(self.seconds)"),
             "a_step_more_of_warm_up": (
-                "timed = records[config.train.warmup_steps :]",
-                "timed = records[config.train.warmup_steps + 1 :]",
+                "return self.records[self.config.train.warmup_steps :]",
+                "return self.records[self.config.train.warmup_steps + 1 :]",
             ),
+            "per_tensor_parallel_rank": (
+                "self.tokens_per_second / self.config.parallel.world_size",
+                "self.tokens_per_second / self.config.parallel.tp",
+            ),
+            "not_per_device": ("self.tokens_per_second / self.config.parallel.world_size", "self.tokens_per_second"),
+            "first_evaluation": ("return losses[-1]", "return losses[0]"),
+        },
+    ),
+    *slips(
+        "harness/record/steps.py",
+        "tests/test_metrics.py -k summary_by_hand",
+        False,
+        {
             "tokens_of_one_replica": (
                 "return config.train.global_batch_size * config",
                 "return config.train.global_batch_size // config.parallel.dp * config",
             ),
-            "per_tensor_parallel_rank": (
-                "tokens_per_second / config.parallel.world_size",
-                "tokens_per_second / config.parallel.tp",
-            ),
-            "not_per_device": ("tokens_per_second / config.parallel.world_size", "tokens_per_second"),
-            "mfu_of_the_gemm_rate": (
-                '"mfu": flops / peak_flops_per_second if flops and peak',
-                '"mfu": flops / gemm_flops_per_second if flops and peak',
-            ),
-            "last_peak_of_memory": ("max(memory, default=None)", "memory[0] if memory else None"),
-            "perplexity_of_base_2": (
-                '"eval_perplexity": perplexity(eval_losses[-1])',
-                '"eval_perplexity": 2 ** eval_losses[-1]',
-            ),
-            "first_evaluation": ('"eval_loss": eval_losses[-1]', '"eval_loss": eval_losses[0]'),
         },
     ),
     *slips(
-        "harness/record/metrics.py",
+        "harness/record/steps.py",
         "tests/test_metrics.py -k Repeats",
         False,
         {
             "warm_up_in_the_range": ("for line in lines[warmup_steps:]", "for line in lines"),
+        },
+    ),
+    *slips(
+        "harness/record/columns.py",
+        "tests/test_metrics.py -k Repeats",
+        False,
+        {
+            "rates_by_their_own_median": ("1 / median(1 / value for value in known)", "median(known)"),
+            "slots_of_the_newest": ("        repeats=largest,\n", ""),
         },
     ),
     *slips(
@@ -330,7 +353,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/record/metrics.py",
+        "harness/record/sources.py",
         "tests/test_metrics.py -k oversubscribed",
         False,
         {
@@ -387,11 +410,18 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/record/metrics.py",
-        "tests/test_metrics.py -k warm_up or read_back",
+        "harness/record/columns.py",
+        "tests/test_metrics.py -k warm_up",
         False,
         {
-            "drift_with_warm_up": ("drift(seconds)", "drift([record.step_seconds for record in records])"),
+            "drift_with_warm_up": ("drift(run.seconds)", "drift([record.step_seconds for record in run.records])"),
+        },
+    ),
+    *slips(
+        "harness/record/steps.py",
+        "tests/test_metrics.py -k read_back",
+        False,
+        {
             "overhead_read_as_fraction": ("fraction / (1 - fraction), fraction *", "fraction, fraction *"),
         },
     ),

@@ -13,7 +13,7 @@ from harness.model.emulated import EmulatedBlock
 from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import initialize
-from harness.record.metrics import is_oversubscribed
+from harness.record.sources import is_oversubscribed
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
 from harness.spec.partition import layers_per_stage

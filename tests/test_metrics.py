@@ -20,17 +20,10 @@ from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import initialize
 from harness.plan.hardware import peak_flops_per_second
-from harness.record.metrics import (
-    COLUMNS,
-    flops_beside_peers,
-    is_oversubscribed,
-    layout_columns,
-    metrics_line,
-    point_row,
-    record_of,
-    row,
-    summarize,
-)
+from harness.record.columns import layout_columns, measured_columns, names
+from harness.record.rows import point_row, row
+from harness.record.sources import MeasuredRun, flops_beside_peers, is_oversubscribed
+from harness.record.steps import metrics_line, record_of
 from harness.record.store import Point, SweepDirectory, environment, write_json
 from harness.run.data import CorpusSamples
 from harness.run.engines.deepspeed.settings import build_deepspeed_config
@@ -49,8 +42,8 @@ CAUSAL_FLOPS_PER_TOKEN = FLOPS_PER_TOKEN - 3 * 4 * (4 * 128 * 256) // 2
 
 
 def test_contract_columns_come_first() -> None:
-    assert list(COLUMNS[: len(CONTRACT)]) == CONTRACT
-    assert len(set(COLUMNS)) == len(COLUMNS)
+    assert names()[: len(CONTRACT)] == CONTRACT
+    assert len(set(names())) == len(names())
 
 
 def test_layout_columns() -> None:
@@ -63,7 +56,7 @@ def test_layout_columns() -> None:
         "partition": "uniform", "threads_per_rank": 1, "sequence_parallel": False, "dropout": 0.0,
         "checkpoint_interval": 0, "slots": 1,
     }  # fmt: skip
-    assert set(columns) <= set(COLUMNS)
+    assert set(columns) <= set(names())
 
 
 def test_line_has_the_keys_of_the_contract() -> None:
@@ -97,9 +90,11 @@ def test_summary_by_hand() -> None:
     records[-2] = replace(records[-2], peak_memory_bytes=2**30)
     gaps = [0.9, 0.9, *(0.1 * number for number in range(11))]  # of the warm-up, then 0 to 1
     records = [replace(record, launch_gap_fraction=gap) for record, gap in zip(records, gaps, strict=True)]
-    summary = summarize(
-        make_config("parallel.tp=2", "parallel.pp=2", "parallel.dp=4"), records, gemm_flops_per_second=1e11,
-        peak_flops_per_second=1e12, machine=MACHINE,
+    summary = measured_columns(
+        MeasuredRun(
+            make_config("parallel.tp=2", "parallel.pp=2", "parallel.dp=4"), records, MACHINE,
+            gemm_flops_per_second=1e11, peak_flops_per_second=1e12, bubble_fraction_simulated=0.125,
+        )
     )  # fmt: skip
     tokens_per_second_per_device = 8 * 128 / 0.6 / (2 * 2 * 4)
     assert summary == pytest.approx({
@@ -121,10 +116,11 @@ def test_summary_by_hand() -> None:
         "eval_loss": 2.0,
         "eval_perplexity": 7.38905609893065,
         "launch_gap_fraction_max": 0.5,
+        "bubble_fraction_simulated": 0.125,
         "drift": None,
         "warmup_steps_detected": 2,
     })  # fmt: skip
-    assert set(summary) <= set(COLUMNS)
+    assert set(summary) <= set(names())
     json.dumps(summary)  # plain numbers
 
 
@@ -190,23 +186,19 @@ def test_conventions_of_peers_are_rates_too() -> None:
 
 
 def test_percentiles_interpolate() -> None:
-    summary = summarize(
-        make_config("train.warmup_steps=0"), step_records([1.0, 2.0]), gemm_flops_per_second=None,
-        peak_flops_per_second=None, machine=MACHINE,
-    )  # fmt: skip
+    summary = measured_columns(MeasuredRun(make_config("train.warmup_steps=0"), step_records([1.0, 2.0]), MACHINE))
     assert (summary["step_seconds_p10"], summary["step_seconds"], summary["step_seconds_p90"]) == (1.1, 1.5, 1.9)
 
 
 def test_warm_up_counts_steps_of_this_launch() -> None:
     records = [type(record)(**{**vars(record), "step": record.step + 100}) for record in step_records([5.0, 5.0, 1.0])]
-    summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    summary = measured_columns(MeasuredRun(make_config(), records, MACHINE))
     assert summary["step_seconds"] == summary["step_seconds_p10"] == summary["step_seconds_p90"] == 1.0
 
 
 def test_drift_leaves_warm_up_out() -> None:
     def found(steps: list[float]) -> float | None:
-        nothing = {"gemm_flops_per_second": None, "peak_flops_per_second": None}
-        return summarize(make_config(), step_records([5.0, 5.0, *steps]), machine=MACHINE, **nothing)["drift"]
+        return measured_columns(MeasuredRun(make_config(), step_records([5.0, 5.0, *steps]), MACHINE))["drift"]  # type: ignore[no-any-return]
 
     assert found([1.0] * 9 + [1.2] * 8) is None  # too few
     assert found([1.0] * 9 + [1.2] * 9) == pytest.approx(0.2)
@@ -214,13 +206,13 @@ def test_drift_leaves_warm_up_out() -> None:
 
 def test_what_is_not_known_is_none() -> None:
     records = [type(r)(**{**vars(r), "peak_memory_bytes": None}) for r in step_records([1.0, 1.0, 1.0])]
-    summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    summary = measured_columns(MeasuredRun(make_config(), records, MACHINE))
     assert summary["mfu"] is summary["gemm_utilization"] is summary["peak_memory_bytes"] is None
 
 
 def test_a_loss_that_diverged_is_no_unknown() -> None:
     records = [type(r)(**{**vars(r), "loss": math.nan}) for r in step_records([1.0, 1.0, 1.0])]
-    summary = summarize(make_config(), records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    summary = measured_columns(MeasuredRun(make_config(), records, MACHINE))
     assert math.isnan(summary["last_loss"])
 
 
@@ -238,7 +230,7 @@ class TestRow:
     def test_of_a_measured_attempt(self, tmp_path: Path) -> None:
         attempt = record_attempt(SweepDirectory(tmp_path, "grid"), "parallel.pp=2", identity="0123abcd")
         found = row(attempt, environment(MACHINE))
-        assert set(found) == set(COLUMNS)
+        assert set(found) == set(names())
         assert (found["point"], found["attempt"]) == ("tp1_pp2_dp1_mbs1_0123abcd", 1)
         assert (found["status"], found["reason"], found["stale"], found["mfu"]) == ("ok", None, False, None)
         assert found["step_seconds"] == pytest.approx(0.1)
@@ -333,9 +325,7 @@ class TestRepeats:
 
 def test_what_an_emulated_model_would_compute_means_nothing() -> None:
     config = make_config("model=emulated", "data=synthetic")
-    columns = summarize(
-        config, step_records([0.1] * 20), gemm_flops_per_second=1e9, peak_flops_per_second=1e12, machine=MACHINE
-    )
+    columns = measured_columns(MeasuredRun(config, step_records([0.1] * 20), MACHINE, 1e9, 1e12))
     assert columns["tokens_per_second"] > 0
     for column in ("model_tflops_per_device", "model_tflops_per_device_causal", "mfu", "gemm_utilization"):
         assert columns[column] is None

@@ -20,7 +20,8 @@ from harness.analyse.finish import Child, Finishing, start_mirror
 from harness.launch import report
 from harness.machine import process_started
 from harness.record import mirror as tracking
-from harness.record.metrics import COLUMNS, row
+from harness.record.columns import names
+from harness.record.rows import row
 from harness.record.store import Attempt, SweepDirectory, environment, read_jsonl
 
 LIMIT_SECONDS = 300.0  # for a busy machine
@@ -119,7 +120,7 @@ class TestMeasuredRun:
 
     def test_summary(self, run: OfflineRun, attempt: Attempt) -> None:
         assert own(run.summary) == row(attempt)
-        assert set(own(run.summary)) == set(COLUMNS)
+        assert set(own(run.summary)) == set(names())
 
 
 class TestOtherRuns:
@@ -149,7 +150,7 @@ class TestOtherRuns:
         table = run.history[0]["results"]
         (folder,) = mirrored.path.glob(f"wandb/offline-run-*-{run_id}")
         content = json.loads((folder / "files" / table["path"]).read_text())
-        assert content["columns"] == list(COLUMNS)
+        assert content["columns"] == names()
         assert (table["nrows"], len(content["data"])) == (4, 4)
         rows = [dict(zip(content["columns"], line, strict=True)) for line in content["data"]]
         assert [line["status"] for line in rows] == ["ok", "crashed", "invalid", "oom"]

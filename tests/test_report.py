@@ -19,10 +19,11 @@ import pytest
 from helpers import MACHINE, record_attempt
 from rich.console import Console
 
+from harness.launch import report as launch_report
 from harness.machine import Machine
 from harness.record import report
-from harness.record.metrics import COLUMNS
-from harness.record.report import collect, csv_text, headline, legend, markdown, number, print_report, rank
+from harness.record.columns import names, number
+from harness.record.report import collect, csv_text, headline, legend, markdown, print_report, rank
 from harness.record.store import SweepDirectory, environment, write_json
 from harness.spec.config import REPOSITORY
 
@@ -31,7 +32,7 @@ HOSTILE = "a|b\n## heading `tick` <b>bold</b> [red]markup[/red] *star* \\ ```"
 
 def make_row(seconds: float | None = None, low: float | None = None, high: float | None = None, **values: Any) -> dict:
     """A row of 1000 tokens per step; measured when it has seconds."""
-    row = dict.fromkeys(COLUMNS) | {"status": "ok" if seconds else "crashed", "world_size": 2, "oversubscribed": False}
+    row = dict.fromkeys(names()) | {"status": "ok" if seconds else "crashed", "world_size": 2, "oversubscribed": False}
     row |= {"point": "p", "tp": 1, "pp": 2, "dp": 1} | values
     if seconds:
         row |= {"step_seconds": seconds, "step_seconds_p10": low or seconds, "step_seconds_p90": high or seconds}
@@ -145,7 +146,7 @@ class TestFiles:
     def test_csv_through_pandas(self, sweep: SweepDirectory) -> None:
         rows = report.write_report(sweep)
         frame = pandas.read_csv(sweep.path / "results.csv")
-        assert list(frame.columns) == list(COLUMNS)
+        assert list(frame.columns) == names()
         assert list(frame["status"]) == ["ok", "ok", "invalid", "oom"]
         assert list(frame["point"]) == [row["point"] for row in rows]
         assert frame["step_seconds"][0] == rows[0]["step_seconds"]
@@ -305,7 +306,7 @@ class TestCommand:
     @pytest.mark.parametrize("wrong", ["nowhere", ".", "file"])
     def test_wrong_path_is_a_sentence(self, tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").write_text("")
-        assert report.main([str(tmp_path / wrong)]) == 2
+        assert launch_report.main([str(tmp_path / wrong)]) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.count("\n") == 1
@@ -318,7 +319,7 @@ class TestCommand:
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(os, "fsync", read_only)
-        assert report.main([str(sweep.path)]) == 1
+        assert launch_report.main([str(sweep.path)]) == 1
         printed = capsys.readouterr()
         assert "2 ok" in printed.out
         assert "Read-only file system" in printed.err
@@ -326,4 +327,42 @@ class TestCommand:
     def test_invalid_result_types_do_not_stop_it(self, sweep: SweepDirectory) -> None:
         attempt = sweep.points()[1].attempts()[0]
         write_json(attempt.result_file, {"row": []})
-        assert report.main([str(sweep.path)]) == 0
+        assert launch_report.main([str(sweep.path)]) == 0
+
+
+class TestColumns:
+    def test_are_printed_as_in_results_csv(self, sweep: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+        assert launch_report.main([str(sweep.path), "--columns", "status, step_seconds,mfu,tp"]) == 0
+        header, _, *lines = capsys.readouterr().out.splitlines()
+        assert header.split() == ["status", "step_seconds", "mfu", "tp"]
+        frame = pandas.read_csv(sweep.path / "results.csv")
+        assert [line.split() for line in lines[:2]] == [
+            ["ok", str(seconds), str(tp)] for seconds, tp in zip(frame["step_seconds"][:2], frame["tp"], strict=False)
+        ]
+        assert len(lines) == len(frame)
+
+    def test_long_values_are_whole(self, sweep: SweepDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+        long = "deepspeed launchers/train.py [bold] " + "x" * 300
+        record_attempt(sweep, "parallel.tp=2", step_seconds=[0.05] * 3, command=long)
+        assert launch_report.main([str(sweep.path), "--columns=command"]) == 0
+        assert long.replace(" ", "") in "".join(capsys.readouterr().out.split())
+
+    @pytest.mark.parametrize(
+        ("wanted", "words"),
+        [
+            ("tp,tokens_per_sec", "no column 'tokens_per_sec'; near: tokens_per_second, tokens_per_second_per_device"),
+            ("MFU", "no column 'MFU'; near: mfu"),
+            ("loss", "near: first_loss, last_loss, eval_loss"),
+            ("qqqq", "no column 'qqqq'; results/README.md lists them all"),
+            ("tp,", "no column ''"),
+        ],
+    )
+    def test_a_column_there_is_not_is_refused_before_anything_is_written(
+        self, sweep: SweepDirectory, capsys: pytest.CaptureFixture[str], wanted: str, words: str
+    ) -> None:
+        assert launch_report.main([str(sweep.path), "--wandb", "--columns", wanted]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert words in printed.err
+        assert not list(sweep.path.glob("results.*"))
+        assert not (sweep.path / "wandb").exists()

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from helpers import MACHINE, make_config, step_records
 
-from harness.record.metrics import layout_columns, summarize
+from harness.record.columns import layout_columns, measured_columns
+from harness.record.sources import MeasuredRun
 from harness.record.spread import detect_warmup, drift
 from harness.record.summary import summary_lines
 
@@ -67,9 +68,7 @@ class TestWarmup:
 
 def lines(seconds: list[float], *overrides: str) -> str:
     config = make_config(*overrides)
-    row = summarize(
-        config, step_records(seconds), gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE
-    )
+    row = measured_columns(MeasuredRun(config, step_records(seconds), MACHINE))
     return "\n".join(summary_lines(config, layout_columns(config) | row))
 
 

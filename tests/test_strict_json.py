@@ -14,8 +14,11 @@ from helpers import MACHINE, record_attempt, step_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.record.metrics import metrics_line, row, summarize
+from harness.record.columns import measured_columns
 from harness.record.report import csv_text, markdown, rank
+from harness.record.rows import row
+from harness.record.sources import MeasuredRun
+from harness.record.steps import metrics_line
 from harness.record.store import SweepDirectory, read_jsonl, read_measured, write_json
 from harness.strict_json import dumps, with_numbers
 
@@ -52,7 +55,7 @@ def test_a_run_that_diverged_is_measured_and_shows_it(tmp_path: Path, loss: floa
     records = step_records([0.1] * 5)
     records[-1] = type(records[-1])(**{**vars(records[-1]), "loss": loss, "grad_norm": math.nan, "eval_loss": loss})
     attempt.metrics_file.write_text("".join(dumps(metrics_line(record, config)) + "\n" for record in records))
-    columns = summarize(config, records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=MACHINE)
+    columns = measured_columns(MeasuredRun(config, records, MACHINE))
     write_json(attempt.result_file, {"row": columns})
 
     last = strictly(attempt.metrics_file.read_text().splitlines()[-1])

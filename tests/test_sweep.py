@@ -22,8 +22,9 @@ from harness.launch.compose import Composer
 from harness.launch.points import check_points, expand
 from harness.launch.sweep import Measured, run_batch
 from harness.machine import Machine, detect_machine
+from harness.record.columns import measured_columns
 from harness.record.diagnose import Outcome
-from harness.record.metrics import summarize
+from harness.record.sources import MeasuredRun
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
 from harness.spec.config import RunConfig
 
@@ -99,7 +100,7 @@ class Ranks:
                 write_json(attempt.result_file, found)
         elif outcome.status == "ok":
             records = step_records([0.1] * 4)
-            row = summarize(config, records, gemm_flops_per_second=None, peak_flops_per_second=None, machine=machine)
+            row = measured_columns(MeasuredRun(config, records, machine))
             write_json(attempt.result_file, {"row": row})
         attempt.write_status(outcome.status, outcome.reason)
         return outcome

@@ -10,19 +10,26 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.analyse.finish import Finishing, finish, print_warnings, start_mirrors
-from harness.record.report import collect, print_report, rank, write_report
+from harness.errors import ConfigError
+from harness.record.report import collect, columns_named, print_columns, print_report, rank, write_report
 from harness.record.store import SweepDirectory
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`report.py results/NAME [--wandb]`; the exit status."""
+    """`report.py results/NAME [--columns A,B,C] [--wandb]`; the exit status."""
     parser = argparse.ArgumentParser(prog="report.py", description="Rebuild the report of a sweep from its files.")
     parser.add_argument("sweep", type=Path, metavar="results/NAME", help="folder of a sweep or of single runs")
+    parser.add_argument("--columns", metavar="A,B,C", help="print just these columns of results.csv")
     parser.add_argument("--wandb", action="store_true", help="write the runs that wandb does not have yet")
     options = parser.parse_args(arguments)
     folder = options.sweep.resolve()
     if not (folder / "points").is_dir():
         print(f"{options.sweep} is not a folder of results (it has no points/); give results/NAME", file=sys.stderr)
+        return 2
+    try:
+        wanted = None if options.columns is None else columns_named(options.columns)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     sweep = SweepDirectory(folder.parent, folder.name)
     warnings = _mirror_attempts(sweep) if options.wandb else []
@@ -33,7 +40,11 @@ def main(arguments: Sequence[str]) -> int:
         rows = rank(collect(sweep))
     else:
         warnings += finish([Finishing(start_mirrors([sweep.path]))], 60) if options.wandb else []
-    print_report(rows, Console(width=None if sys.stdout.isatty() else 100))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if wanted is None:
+        print_report(rows, console)
+    else:
+        print_columns(rows, wanted, console)
     print_warnings(warnings)
     return 1 if warnings else 0
 

@@ -35,8 +35,9 @@ from harness.launch.points import Candidate, Run, check_points, decide_all, inte
 from harness.launch.preview import print_preview
 from harness.launch.verify import verify_layouts
 from harness.machine import Machine, detect_machine
-from harness.record.metrics import is_sound, point_row
 from harness.record.report import print_report, write_report
+from harness.record.rows import point_row
+from harness.record.sources import is_sound
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
 from harness.secrets import refuse_typed_out
 from harness.spec.checks import check_sweep_name

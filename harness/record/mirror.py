@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.record.metrics import row
+from harness.record.rows import row
 from harness.record.store import Attempt, SweepDirectory, write_json
 from harness.spec.config import Wandb
 from harness.strict_json import with_numbers

@@ -7,11 +7,15 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from harness.record import metrics
+from harness.errors import ConfigError
+from harness.record import columns
+from harness.record.columns import NOT_SHOWN, Column, Shown
+from harness.record.rows import Row, point_row
+from harness.record.sources import is_sound
 from harness.record.spread import LARGE_DRIFT
 from harness.record.store import UNFINISHED, Point, SweepDirectory, write_atomically
 
@@ -19,22 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-Row = dict[str, Any]
-
-# What points may differ in besides tp, pp, dp and micro-batches, with its header; shown only where they do.
-VARYING = {
-    "model": ("", "model"),
-    "schedule": ("", "schedule"),
-    "partition": ("", "partition"),
-    "global_batch_size": ("global", "batch"),
-    "sequence_length": ("sequence", "length"),
-    "precision": ("", "precision"),
-    "zero_stage": ("ZeRO", "stage"),
-    "activation_checkpointing": ("check-", "pointing"),
-    "threads_per_rank": ("threads", "/rank"),
-    "checkpoint_interval": ("steps per", "checkpoint"),
-    "slots": ("points", "at once"),
-}
+MOST_NEAR = 4
+"""Columns that are suggested for one there is not."""
 
 
 def collect(sweep: SweepDirectory) -> list[Row]:
@@ -45,7 +35,7 @@ def collect(sweep: SweepDirectory) -> list[Row]:
     """
     points = sweep.points()
     reference = sweep.request().get("environment") or newest_environment(points)
-    rows = [metrics.point_row(point, reference) for point in points]
+    rows = [point_row(point, reference) for point in points]
     return [row for row in rows if row is not None]
 
 
@@ -58,7 +48,7 @@ def newest_environment(points: Iterable[Point]) -> Mapping[str, Any] | None:
 
 def is_ranked(row: Row) -> bool:
     """Whether a row's times compare with those of others."""
-    sound = row["status"] == "ok" and metrics.is_sound(row)
+    sound = row["status"] == "ok" and is_sound(row)
     return sound and not row["oversubscribed"] and not row["stale"] and bool(row["step_seconds"])
 
 
@@ -90,7 +80,7 @@ def rank(rows: Iterable[Row]) -> list[Row]:
     measured = [row for row in rows if row["status"] == "ok" and not is_ranked(row)]
     failed = [row for row in rows if row["status"] != "ok"]
     measured.sort(
-        key=lambda row: (not metrics.is_sound(row), bool(row["stale"]), -(row["tokens_per_second"] or 0), row["point"])
+        key=lambda row: (not is_sound(row), bool(row["stale"]), -(row["tokens_per_second"] or 0), row["point"])
     )
     failed.sort(key=lambda row: (row["status"], row["point"]))
     return ranked + measured + failed
@@ -111,73 +101,38 @@ def write_report(sweep: SweepDirectory) -> list[Row]:
 def csv_text(rows: Iterable[Row]) -> str:
     """All columns of all rows; empty for what is not known."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, metrics.COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns.names(), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column people read: two lines of header, and how a row fills it."""
-
-    header: tuple[str, str]
-    text: Callable[[Row], str]
-    dispensable: int = 0
-    """Where the terminal is too narrow, the highest go first; 0 stays."""
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """`digits` significant digits without an exponent, empty for None: 0.0512, 98.7, 12,346."""
-    if value is None or not math.isfinite(value):
-        return "" if value is None else str(value)
-    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{max(0, decimals)}f}"
+RANK = Column("rank", "", "place in the ranking", shown=Shown(("", "rank")))
+"""Of the tables, not of results.csv."""
 
 
 def table_columns(rows: Sequence[Row]) -> list[Column]:
-    """Columns of the tables, without those that are empty or the same on every row and say nothing."""
-
-    def plain(key: str) -> Callable[[Row], str]:
-        return lambda row: "" if row[key] is None else str(row[key])
-
-    def scaled(key: str, factor: float, digits: int = 3) -> Callable[[Row], str]:
-        return lambda row: "" if row[key] is None else number(factor * row[key], digits)
-
-    def percent(key: str) -> Callable[[Row], str]:
-        return lambda row: "" if row[key] is None else f"{100 * row[key]:.1f}"
-
-    def spread(row: Row) -> str:
-        ends = [row["step_seconds_p10"], row["step_seconds_p90"]]
-        return "" if None in ends else "-".join(number(1e3 * end) for end in ends)
-
-    def mark(row: Row) -> str:
-        return (row["rank"] or "-") + ("*" if row["stale"] else "")
-
+    """The columns people read, from left to right, without those that are empty or the same on every row."""
+    ordered = sorted(columns.COLUMNS, key=lambda column: column.shown.place)
+    shown = [RANK, *(column for column in ordered if column.shown is not NOT_SHOWN)]
+    if ranking_column(rows) == "tokens_per_second":
+        shown = [column for column in shown if column.name != "tokens_per_second_per_device"]
     # Threads follow from the number of ranks: what differs with the world size alone is no news.
     sizes = {row["world_size"] for row in rows}
-    varying = [key for key in VARYING if len({(row["world_size"], row[key]) for row in rows}) > len(sizes)]
-    columns = [
-        Column(("", "rank"), mark),
-        *(Column(("", key), plain(key)) for key in ("tp", "pp", "dp")),
-        Column(("micro", "batch"), plain("micro_batch_size")),
-        Column(("", "m"), plain("num_micro_batches")),
-        *(Column(VARYING[key], plain(key)) for key in varying),
-        Column(("step", "ms"), scaled("step_seconds", 1e3, digits=4)),
-        Column(("p10-p90", "ms"), spread, dispensable=2),
-        Column(("tokens", "/s"), scaled("tokens_per_second", 1, digits=4)),
-        Column(("tokens/s", "/device"), scaled("tokens_per_second_per_device", 1, digits=4)),
-        Column(("TFLOP/s", "/device"), scaled("model_tflops_per_device", 1), dispensable=4),
-        Column(("MFU", "%"), percent("mfu")),
-        Column(("of GEMM", "%"), percent("gemm_utilization"), dispensable=3),
-        Column(("bubble %", "ideal"), percent("bubble_fraction_ideal")),
-        Column(("bubble %", "measured"), percent("bubble_fraction_measured")),
-        Column(("memory", "MiB"), scaled("peak_memory_bytes", 2**-20), dispensable=1),
-        Column(("last", "loss"), scaled("last_loss", 1, digits=4), dispensable=5),
-    ]
-    if ranking_column(rows) == "tokens_per_second":
-        columns = [column for column in columns if column.header != ("tokens/s", "/device")]
-    return [column for column in columns if any(column.text(row) for row in rows)]
+
+    def is_news(column: Column) -> bool:
+        varies = len({(row["world_size"], row[column.name]) for row in rows}) > len(sizes)
+        return varies or not column.shown.only_varying
+
+    return [column for column in shown if any(cell(row, column) for row in rows) and is_news(column)]
+
+
+def cell(row: Row, column: Column) -> str:
+    """What stands in a row of the ranked table; empty for what is not known."""
+    if column is RANK:
+        return (row["rank"] or "-") + ("*" if row["stale"] else "")
+    ends = [row[name] for name in (column.name, column.shown.to) if name]
+    return "" if None in ends else "-".join(map(column.shown.text, ends))
 
 
 def layout(row: Row) -> str:
@@ -204,7 +159,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
         sentences.append(f"Ranked by {by} {where}, from the median step after warm-up.")
     if any(row["rank"].endswith("=") for row in ranked):
         sentences.append("= is a tie: the p10-p90 range of step times overlaps with one above of the same rank.")
-    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if not metrics.is_sound(row)]
+    sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if not is_sound(row)]
     if any(row["oversubscribed"] for row in measured):
         sentences.append(
             "- has no rank: more ranks x threads than cores, so its times compare with nothing but themselves."
@@ -234,9 +189,9 @@ def markdown(sweep: SweepDirectory, rows: Sequence[Row]) -> str:
     lines = [f"# Sweep {_escape(sweep.name)}", "", f"{headline(rows)}.", ""]
     lines += [f"- {_escape(line)}" for line in _circumstances(sweep)] + [""]
     if measured:
-        columns = table_columns(measured)
-        headers = [" ".join(filter(None, column.header)) for column in columns]
-        cells = [[column.text(row) for column in columns] for row in measured]
+        shown = table_columns(measured)
+        headers = [" ".join(filter(None, column.shown.header)) for column in shown]
+        cells = [[cell(row, column) for column in shown] for row in measured]
         lines += [*_markdown_table(headers, cells, align="---:"), ""]
         lines += [*(_escape(sentence) + "  " for sentence in legend(rows)), ""]
     if winner := _winner(rows):
@@ -328,16 +283,54 @@ def _table(rows: Sequence[Row], console: Console) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    columns = table_columns(rows)
+    shown = table_columns(rows)
     while True:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
-        for column in columns:
-            table.add_column("\n".join(column.header), justify="right", no_wrap=True)
+        for column in shown:
+            table.add_column("\n".join(column.shown.header), justify="right", no_wrap=True)
         for row in rows:
             style = "bold green" if row["rank"] in ("1", "1=") else "" if row["rank"] else "dim"
-            table.add_row(*(escape(column.text(row)) for column in columns), style=style)
-        least = max(columns, key=lambda column: column.dispensable)
+            table.add_row(*(escape(cell(row, column)) for column in shown), style=style)
+        least = max(shown, key=lambda column: column.shown.dispensable)
         width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-        if not least.dispensable or width <= console.width:
+        if not least.shown.dispensable or width <= console.width:
             return table
-        columns.remove(least)
+        shown.remove(least)
+
+
+def columns_named(text: str) -> list[str]:
+    """Names of columns of results.csv, separated by commas.
+
+    Raises:
+        ConfigError: there is no such column; it says which are near.
+    """
+    known = columns.names()
+    wanted = [name.strip() for name in text.split(",")]
+    for name in wanted:
+        if name not in known:
+            similar = [
+                *(other for other in known if name and name.lower() in other),
+                *get_close_matches(name.lower(), known),
+            ]
+            near = ", ".join(list(dict.fromkeys(similar))[:MOST_NEAR])
+            raise ConfigError(f"no column {name!r}; {f'near: {near}' if near else 'results/README.md lists them all'}")
+    return wanted
+
+
+def print_columns(rows: Sequence[Row], wanted: Sequence[str], console: Console) -> None:
+    """Some columns of all rows in a terminal, with the values that results.csv has.
+
+    Args:
+        rows: as `rank` returns them.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, header_style="bold")
+    for name in wanted:
+        is_text = any(isinstance(row[name], str) for row in rows)
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row[name] is None else escape(str(row[name])) for name in wanted))
+    console.print(table)

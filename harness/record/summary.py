@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from harness.record.columns import layout_columns
 from harness.record.spread import LARGE_DRIFT
 from harness.spec.config import RunConfig
 
@@ -38,7 +39,7 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
     console.print("Per micro-batch; FLOPs and parameters over all tensor-parallel ranks of a stage.", style="dim")
     if accounting is not None:
         console.print(accounting)
-    for line in summary_lines(config, result["row"]):
+    for line in summary_lines(config, layout_columns(config) | result["row"]):
         console.print(line, highlight=False)
         if line.startswith("bubble"):
             for detail in bubble_lines(result.get("bubble")):

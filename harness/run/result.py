@@ -19,15 +19,10 @@ from harness.corpus import Corpus
 from harness.machine import Machine
 from harness.plan.hardware import peak_flops_per_second, unused_peak
 from harness.plan.memory import memory_beside_measured
+from harness.record.columns import measured_columns
 from harness.record.heartbeat import Phase
-from harness.record.metrics import (
-    StepRecord,
-    computes,
-    flops_beside_peers,
-    layout_columns,
-    summarize,
-    tokens_per_step,
-)
+from harness.record.sources import MeasuredRun, computes, flops_beside_peers
+from harness.record.steps import StepRecord, tokens_per_step
 from harness.record.store import Attempt, write_json
 from harness.record.summary import print_summary
 from harness.run.instruments.gemm import gemm_flops_per_second
@@ -78,7 +73,8 @@ def write_result(
     extras.part("the end of the span files", loop.close)
     dist.barrier(group=loop.group)  # what is written from here on stands for all ranks
     if loop.rank == 0:
-        beginning = {"row": build_row(config, machine, loop.records), "missing": ["all but the row: the run was ended"]}
+        row = measured_columns(MeasuredRun(config, loop.records, machine))
+        beginning = {"row": row, "missing": ["all but the row: the run was ended"]}
         extras.part("result.partial.json", lambda: write_json(attempt.partial_result_file, beginning))
     phase("measuring matrix products")
     achieved = model_flops_per_second(config, loop.records)
@@ -96,18 +92,6 @@ def write_result(
             print(f"warning: the summary can't be shown ({type(error).__name__}: {error})", flush=True)
 
 
-def build_row(
-    config: RunConfig,
-    machine: Machine,
-    records: Sequence[StepRecord],
-    gemm: float | None = None,
-    peak: float | None = None,
-) -> dict[str, Any]:
-    """The columns that a run measures and those of its layout."""
-    measured = summarize(config, records, gemm_flops_per_second=gemm, peak_flops_per_second=peak, machine=machine)
-    return layout_columns(config) | measured
-
-
 def build_result(
     attempt: Attempt,
     config: RunConfig,
@@ -122,14 +106,14 @@ def build_result(
     peak = extras.part("the datasheet peak", lambda: peak_flops_per_second(config, machine))
     if unused := extras.part("the peak that was given", lambda: unused_peak(config, machine)):
         extras.missing.append(unused)
-    row = build_row(config, machine, loop.records, gemm, peak)
     bubbles = [record.bubble for record in loop.records[config.train.warmup_steps :]]
     explained = extras.part("the breakdown of the steps", lambda: breakdown(read_run(attempt, config), bubbles)) or {}
-    if bubble := explained.get("bubble"):
-        row["bubble_fraction_simulated"] = bubble["simulated"]["fraction"]
-    rate = row["tokens_per_second_per_device"]
+    bubble = explained.get("bubble")
+    simulated = bubble["simulated"]["fraction"] if bubble else None
+    run = MeasuredRun(config, loop.records, machine, gemm, peak, simulated)
+    rate = run.tokens_per_second_per_device
     return {
-        "row": row,
+        "row": measured_columns(run),
         "stages": extras.part("the stages", lambda: describe_stages(config, blocks, loop.records)),
         "gemm_flops_per_second": gemm,
         "peak_flops_per_second": peak,

@@ -16,8 +16,8 @@ from harness.machine import detect_machine
 from harness.model.groups import create_groups
 from harness.model.precision import dtype_of
 from harness.plan.communication import OPERATIONS, Measurement, Operation, communication_file, measured_sizes
+from harness.record.columns import number
 from harness.record.heartbeat import Heart, Phase
-from harness.record.report import number
 from harness.record.store import Attempt, write_json
 from harness.run.instruments.gemm import synchronize
 from harness.run.tasks.train import set_up_device

@@ -15,7 +15,7 @@ from harness.checkpoints import FOLDER
 from harness.corpus import Corpus, prepare_corpus
 from harness.machine import Machine, detect_machine
 from harness.record.heartbeat import Heart
-from harness.record.metrics import StepRecord, metrics_line
+from harness.record.steps import StepRecord, metrics_line
 from harness.record.store import Attempt, write_json
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.data import CorpusSamples, micro_batches

@@ -1,0 +1,88 @@
+"""The rows of results.csv: all columns of an attempt, and of a point over its repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from harness.machine import Machine
+from harness.record import columns
+from harness.record.sources import MeasuredRun, Tried, is_oversubscribed
+from harness.record.steps import record_of, timed_step_seconds
+from harness.record.store import Attempt, Point, read_json, read_jsonl, read_measured
+from harness.spec.config import RunConfig
+
+Row = dict[str, Any]
+"""Name of a column -> value; None for what is not known."""
+
+
+def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> Row:
+    """All columns of an attempt, whatever became of it.
+
+    Args:
+        reference: the environment of now; an attempt measured in another one is stale.
+    """
+    status, result = attempt.status(), attempt.result() or {}
+    tried = Tried(attempt, status, read_measured(attempt.parity_file) or {}, reference)
+    found: Row = dict.fromkeys(columns.names()) | columns.attempt_columns(tried)
+    try:
+        config = attempt.config()
+    except ValueError:
+        found |= columns.layout_columns(attempt.raw_config())
+    else:
+        found |= columns.layout_columns(config)
+        if machine := _machine((status.get("environment") or {}).get("hardware")):
+            found["oversubscribed"] = is_oversubscribed(config, machine)
+        if "row" not in result:
+            found |= _before_the_end(attempt, config, machine)
+    measured = result.get("row")
+    return found | {key: measured[key] for key in found if isinstance(measured, dict) and key in measured}
+
+
+def _before_the_end(attempt: Attempt, config: RunConfig, machine: Machine | None) -> Row:
+    """Columns that a run measured before it failed: loss and memory from its first step on, times after warm-up."""
+    try:
+        records = [record_of(line) for line in read_jsonl(attempt.metrics_file)]
+        found = columns.measured_columns(MeasuredRun(config, records, machine))
+    except (KeyError, TypeError, ZeroDivisionError):  # not a file of ours
+        return {}
+    errors = [read_json(path) or {} for path in attempt.error_file(0).parent.glob("*.json")]
+    peaks = [found.get("peak_memory_bytes"), *(error.get("peak_memory_bytes") for error in errors)]
+    return found | {"peak_memory_bytes": max((peak for peak in peaks if isinstance(peak, int)), default=None)}
+
+
+def _machine(hardware: Any) -> Machine | None:
+    """The machine of a status file, None when it doesn't say."""
+    try:
+        return Machine(**{field.name: hardware[field.name] for field in fields(Machine) if field.default is MISSING})
+    except (KeyError, TypeError):
+        return None
+
+
+def point_row(point: Point, reference: Mapping[str, Any] | None = None) -> Row | None:
+    """All columns of a point: of its newest finished attempt and, where that is ok, over all its repeats.
+
+    Args:
+        reference: as for `row`.
+
+    Returns:
+        None for a point without attempts.
+    """
+    shown = point.shown()
+    if shown is None:
+        return None
+    found = row(shown, reference)
+    repeats = point.measured_in(shown.status().get("environment") or {})
+    return _combined(repeats, reference) if found["status"] == "ok" and len(repeats) > 1 else found
+
+
+def _combined(repeats: Sequence[Attempt], reference: Mapping[str, Any] | None) -> Row:
+    """One row for several measurements of a point, oldest first."""
+    rows = [row(repeat, reference) for repeat in repeats]
+    found = {column.name: column.repeats([row[column.name] for row in rows]) for column in columns.COLUMNS}
+    if checked := [row for row in rows if row["parity"]]:  # repeats are one layout: the last verdict is that of all
+        found |= {key: checked[-1][key] for key in ("parity", "parity_max_error", "reason")}
+    if seconds := [value for repeat in repeats for value in timed_step_seconds(repeat)]:
+        found |= {c.name: c.of_all_steps(seconds) for c in columns.COLUMNS if c.of_all_steps}
+    return found
