@@ -88,7 +88,23 @@ def account(
 def _waits_ns(
     stages: Sequence[Sequence[Span]], orders: Orders, waiting_kinds: Collection[str]
 ) -> dict[tuple[int, Span], int]:
-    """How long a stage's span waited for another stage."""
+    """How long a stage's span waited for another stage.
+
+    Who comes first to a transfer waits (`~`) until the other begins; what follows (`=`) is the transfer itself:
+
+        sender     | forward  |= send =|          sender     |~ send ~~~|====|
+        receiver   |~ receive |========|          receiver   | backward |====| receive
+
+    A send that ended before its receive began was buffered, and neither waited:
+
+        sender     |= send =| forward   |
+        receiver   | backward |= receive =|
+
+    Whoever is early at a common instruction (`waiting_kinds`) waits for the last stage to begin it:
+
+        stage 0    |~ reduce_tied_gradients |====|
+        stage 1    | backward               |====|
+    """
 
     def wait(span: Span, other_start_ns: int) -> int:
         # A span that ended before the other began did not need it: a buffered send, a stage without tied weights.

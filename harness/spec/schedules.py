@@ -92,7 +92,14 @@ Generator = Callable[[Stage], Iterator[Instruction]]
 
 
 def gpipe(stage: Stage) -> Iterator[Instruction]:
-    """All forward passes, then all backward passes (GPipe, arXiv 1811.06965)."""
+    """All forward passes, then all backward passes (GPipe, arXiv 1811.06965).
+
+    3 stages, 4 micro-batches, a backward twice as long as a forward; a column is a unit of time, a dot is idle:
+
+        stage 0   F0 F1 F2 F3 .  .  .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3
+        stage 1   .  F0 F1 F2 F3 .  .  .  B0 B0 B1 B1 B2 B2 B3 B3 .  .
+        stage 2   .  .  F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .  .  .  .
+    """
     for micro_batch in range(stage.num_micro_batches):
         yield from stage.forward(micro_batch)
     for micro_batch in range(stage.num_micro_batches):
@@ -104,6 +111,12 @@ def one_forward_one_backward(stage: Stage) -> Iterator[Instruction]:
 
     A stage is as many forward passes ahead as stages follow it. Its sends block, so an activation leaves
     only after the gradient from the same neighbour has come: neither waits for the other for ever.
+
+    As idle as GPipe, but stage s keeps the activations of p - s micro-batches at most instead of all m:
+
+        stage 0   F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 .  B2 B2 .  B3 B3
+        stage 1   .  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3 .  .
+        stage 2   .  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .  .  .  .
     """
     ahead = stage.num_stages - 1 - stage.index
     for forward in range(stage.num_micro_batches + ahead):
@@ -125,7 +138,11 @@ def one_forward_one_backward(stage: Stage) -> Iterator[Instruction]:
 def interleaved(stage: Stage) -> Iterator[Instruction]:
     """Interleaved 1F1B (arXiv 2104.04473, section 2.2): each stage holds several chunks of the model.
 
-    A chunk takes p micro-batches in a row, then the next chunk takes the same ones.
+    A chunk takes p micro-batches in a row, then the next chunk takes the same ones. 2 stages of 2 chunks,
+    the second in small letters; a column is half as long as one of `gpipe`:
+
+        stage 0   F0 F1 f0 f1 F2 .  b0 b0 F3 b1 b1 f2 B0 B0 f3 B1 B1 .  b2 b2 .  b3 b3 B2 B2 B3 B3
+        stage 1   .  F0 F1 f0 b0 b0 f1 b1 b1 F2 B0 B0 F3 B1 B1 f2 b2 b2 f3 b3 b3 B2 B2 B3 B3 .  .
 
     Raises:
         ValueError: the micro-batches can't be dealt out in groups of p, or there is only one chunk.
