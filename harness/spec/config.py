@@ -62,11 +62,11 @@ class Model(Section):
     num_attention_heads: PositiveInt
     """Query heads of a block."""
     num_key_value_heads: PositiveInt
-    """Fewer than num_attention_heads: grouped-query attention."""
+    """Fewer than num_attention_heads: grouped-query attention (`null` in the configuration: as many)."""
     head_dim: PositiveInt
-    """Width of one attention head."""
+    """Width of one attention head (`null` in the configuration: hidden_size / num_attention_heads)."""
     intermediate_size: PositiveInt
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layer (`null` in the configuration: 4 x hidden_size)."""
     vocab_size: PositiveInt
     """Different tokens."""
     max_position_embeddings: PositiveInt

@@ -30,6 +30,27 @@ FLAGS = frozenset({"--help", "-h"})
 EVERYTHING = "all"
 
 
+OVERVIEW = """\
+Shardwright trains a transformer under one TP x PP x DP layout, or sweeps a grid of them.
+
+Usage: {usage}
+
+Launchers:
+{launchers}
+
+An override is KEY=VALUE, such as parallel.tp=2 train.steps=50, or GROUP=NAME, which takes a file of
+conf/GROUP/, such as model=llama_tiny. Groups, each with its files, first the one taken without an override:
+
+{groups}
+
+Keys without a group:
+{others}
+
+--help GROUP or --help KEY tells what each key means, --help all all of them. --cfg job shows a
+configuration without running it, --hydra-help the options of Hydra, which composes it.
+"""
+
+
 @dataclass(frozen=True)
 class Key:
     """A key of the configuration."""
@@ -76,26 +97,22 @@ def _refuse(topic: str) -> NoReturn:
 def overview(launcher: str) -> str:
     """The short answer: how `launcher` is called, all launchers, all groups, and how to see more."""
     found = launchers()
-    lines = ["Shardwright trains a transformer under one TP x PP x DP layout, or sweeps a grid of them.", ""]
-    if launcher in found:
-        lines += [f"Usage: {found[launcher][1]}", ""]
-    lines += ["Launchers:"]
-    for name, (what, usage) in found.items():
-        lines += [f"  {name:<14} {what}", f"  {'':<14} {usage}"]
-    lines += [
-        "",
-        "An override is KEY=VALUE, such as parallel.tp=2 train.steps=50, or GROUP=NAME, which takes a file of",
-    ]
-    lines += ["of conf/GROUP/, such as model=llama_tiny. Groups, the choice without an override first:", ""]
-    for group in groups():
-        meaning = _meaning_of(group)
-        lines += [f"  {group:<14} {meaning}"] if meaning else []
-        listed = ", ".join(choices(group))
-        lines += _wrapped(listed, f"  {'' if meaning else group:<14} ", " " * 17)
-    lines += ["", "Keys without a group:", *(line for key in all_keys() if "." not in key.name for line in _shown(key))]
-    lines += ["", f"--help GROUP or --help KEY tells what each key means, --help {EVERYTHING} all of them. --cfg job"]
-    lines += ["shows a configuration without running it, --hydra-help the options of Hydra, which composes it."]
-    return "\n".join(lines)
+    starts = [_entry(name, what, usage) for name, (what, usage) in found.items()]
+    sections = [_entry(group, _meaning_of(group), ", ".join(choices(group))) for group in groups()]
+    others = [line for key in all_keys() if "." not in key.name for line in _shown(key)]
+    return OVERVIEW.rstrip().format(
+        usage=found[launcher][1] if launcher in found else "",
+        launchers="\n".join(starts),
+        groups="\n".join(sections),
+        others="\n".join(others),
+    )
+
+
+def _entry(name: str, *texts: str) -> str:
+    """A name, and beside it texts, each on lines of its own."""
+    first, others = f"  {name:<14} ", " " * 17
+    lines = [line for text in texts if text for line in _wrapped(text, others, others)]
+    return first + "\n".join(lines)[len(first) :]
 
 
 def section(topic: str) -> str | None:
@@ -177,7 +194,9 @@ def _key(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Key:
 def _as_typed(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+    return (
+        str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)).removesuffix("...\n").strip()
+    )
 
 
 def _section_of(group: str) -> type[BaseModel] | None:

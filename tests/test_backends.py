@@ -1,0 +1,68 @@
+"""Launch backends: another one is one entry of the table, and without it there is no trace of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from examples import launch_backend
+from examples.launch_backend import Bare
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+
+from harness.launch import sweep, train
+from harness.launch.backends import BACKENDS
+from harness.record.store import SweepDirectory
+from harness.spec.config import REPOSITORY
+
+REFUSED = "error: launch.backend='bare' is not available; choose one of local\n"
+
+# Stands for the worker: what a rank of a run does, as far as the harness sees it.
+RANK = """
+import json, os, sys
+from pathlib import Path
+
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], "does", sys.argv[2], flush=True)
+if os.environ["RANK"] == "0":
+    (Path(sys.argv[1]) / "result.json").write_text(json.dumps({"row": {"tokens_per_second": 7.0}}))
+"""
+
+
+@pytest.fixture
+def request_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    (tmp_path / "toy_rank.py").write_text(RANK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch_backend, "WORKER", "toy_rank")
+    settings = ["parallel.pp=2", "tracking.wandb.mode=disabled", f"results_dir={tmp_path / 'results'}"]
+    return ["launch.backend=bare", "launch.threads_per_rank=1", *settings]
+
+
+def test_a_backend_is_one_entry(
+    request_of_a_run: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(BACKENDS, "bare", Bare())
+        assert train.main(request_of_a_run) == 0
+    (point,) = SweepDirectory(tmp_path / "results", "runs").points()
+    (attempt,) = point.attempts()
+    assert attempt.status()["status"] == "ok"
+    assert attempt.result() == {"row": {"tokens_per_second": 7.0}}
+    assert sorted(attempt.log_file.read_text().splitlines()) == [f"rank {rank} of 2 does train" for rank in (0, 1)]
+    assert "rank 1 of 2 does train" in capfd.readouterr().out
+    assert [*BACKENDS] == ["local"]
+    assert train.main(request_of_a_run) == 2
+    assert capfd.readouterr().err == REFUSED
+    assert point.attempts() == [attempt]
+
+
+def test_all_points_of_a_sweep_have_one_backend(
+    request_of_a_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(REPOSITORY / "launchers")])
+    Singleton._instances.pop(Plugins, None)  # other tests may have asked Hydra for plugins before ours could be found
+    shared = "launch.backend=bare,local: all points of a sweep share launch.backend; give it one value"
+    for backend, sentence in [("bare", REFUSED), ("bare,local", f"error: {shared}\n")]:
+        assert sweep.main([*request_of_a_run[1:], f"launch.backend={backend}"]) == 2
+        assert capsys.readouterr().err == sentence
+    assert not (tmp_path / "results").exists()
