@@ -81,13 +81,13 @@ class ParallelAttention(nn.Module):
         self.tp = tp
         self.head_dim = model.head_dim
         self.grouped = model.num_key_value_heads < model.num_attention_heads
-        family, sizes = model.architecture, [size for _, size in qkv_parts(model)]
-        self.causal = family.causal
-        self.qkv = ColumnParallelLinear(model.hidden_size, sizes, QKV in family.biases, tp)
-        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if family.positions == "rotary" else None
+        architecture, sizes = model.architecture, [size for _, size in qkv_parts(model)]
+        self.causal = architecture.causal
+        self.qkv = ColumnParallelLinear(model.hidden_size, sizes, QKV in architecture.biases, tp)
+        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if architecture.positions == "rotary" else None
         self.dropout = Dropout(model.dropout, streams, f"{name}.probabilities", tp.rank)
         width = model.num_attention_heads * model.head_dim
-        self.output = RowParallelLinear(width, model.hidden_size, OUTPUT in family.biases, tp)
+        self.output = RowParallelLinear(width, model.hidden_size, OUTPUT in architecture.biases, tp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden]."""
@@ -116,11 +116,11 @@ class ParallelMLP(nn.Module):
 
     def __init__(self, model: Model, tp: TensorParallel) -> None:
         super().__init__()
-        family, sizes = model.architecture, [size for _, size in mlp_parts(model)]
-        self.gated = family.gated
-        self.activation = ACTIVATIONS[family.activation]
-        self.up = ColumnParallelLinear(model.hidden_size, sizes, UP in family.biases, tp)
-        self.down = RowParallelLinear(model.intermediate_size, model.hidden_size, DOWN in family.biases, tp)
+        architecture, sizes = model.architecture, [size for _, size in mlp_parts(model)]
+        self.gated = architecture.gated
+        self.activation = ACTIVATIONS[architecture.activation]
+        self.up = ColumnParallelLinear(model.hidden_size, sizes, UP in architecture.biases, tp)
+        self.down = RowParallelLinear(model.intermediate_size, model.hidden_size, DOWN in architecture.biases, tp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden]."""

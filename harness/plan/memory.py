@@ -12,8 +12,8 @@ all key heads, f the feed-forward width, a heads and B bytes per value, a block 
 
 and with dropout 2 h / u for masks of one byte (on CPU masks are of the values' type, and attention keeps its
 probabilities). 4 h are the inputs of both norms and of both first projections; then query, key and value
-(llama: before and after the rotation; the value is part of the first), the attention's output, and in the
-feed-forward layer the input of the activation and what follows it (llama: gate and up, the activated gate, their
+(query and key before and after a rotation; the value is part of the first), the attention's output, and in the
+feed-forward layer the input of the activation and what follows it (if gated: gate and up, the activated gate, their
 product); then the attention's and the norms' statistics. PyTorch's RMSNorm on CPU is no single kernel and keeps
 more. What lives for a moment only (workspaces, gradients of activations, buckets of reductions) is not counted.
 """
@@ -127,16 +127,16 @@ def num_slices(parallel: Parallel) -> int:
 
 def block_activation_bytes_per_token(model: Model, parallel: Parallel, precision: PrecisionName) -> float:
     """What one block saves for backward, on one rank."""
-    family = model.architecture
-    if not family.computes:
+    architecture = model.architecture
+    if not architecture.computes:
         return 0.0
     tp, slices, value = parallel.tp, num_slices(parallel), PRECISIONS[precision].bytes_per_value
     queries = model.num_attention_heads // tp * model.head_dim
     keys = max(model.num_key_value_heads // tp, 1) * model.head_dim  # ranks may share a head
     inner = model.intermediate_size // tp
-    attention = (3 if family.positions == "rotary" else 2) * (queries + keys)
-    values = 4 * model.hidden_size / slices + attention + (4 if family.gated else 2) * inner
-    statistics = model.num_attention_heads // tp + 2 * family.norm.num_statistics / slices
+    attention = (3 if architecture.positions == "rotary" else 2) * (queries + keys)
+    values = 4 * model.hidden_size / slices + attention + (4 if architecture.gated else 2) * inner
+    statistics = model.num_attention_heads // tp + 2 * architecture.norm.num_statistics / slices
     masks = 2 * model.hidden_size / slices if model.dropout > 0 else 0
     return values * value + statistics * FP32_BYTES + masks
 

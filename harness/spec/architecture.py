@@ -4,7 +4,8 @@ A family is one `Architecture`, in a module of its own in `harness.spec.families
 memory, the configuration's checks, the layers that are built and the exchange with `transformers` all follow from it.
 
 What all have in common: an embedding, then blocks of attention and feed-forward layer, each behind a norm and added to
-the residual stream, then a norm and the output head, which may share the embedding's matrix.
+the residual stream, then a norm and the output head, which may share the embedding's matrix. A family that differs in
+more needs a trait here, and code in `harness.spec.parameters` and `harness.model.block`.
 """
 
 from __future__ import annotations

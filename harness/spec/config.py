@@ -76,7 +76,7 @@ class Model(Section):
     norm_epsilon: PositiveFloat
     """Added to the variance in normalization layers."""
     rope_theta: PositiveFloat
-    """Base of the rotary positions (llama)."""
+    """Base of rotary positions; no meaning to a family without them."""
     initializer_range: PositiveFloat
     """Standard deviation of freshly drawn weights."""
     dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -109,8 +109,8 @@ class EmulatedModel(Model):
 def _of_family(model: Any) -> Any:
     """The section of a family whose blocks wait has keys of its own."""
     name = model.get("family") if isinstance(model, Mapping) else None
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    return model if family is None or family.computes else EmulatedModel.model_validate(model)
+    architecture = FAMILIES.get(name) if isinstance(name, str) else None
+    return model if architecture is None or architecture.computes else EmulatedModel.model_validate(model)
 
 
 class Parallel(Section):
