@@ -1,4 +1,4 @@
-"""Small models with random parameters, and what the ranks of test_tensor_parallel.py run."""
+"""Small models with random parameters, and the rank program of test_tensor_parallel.py."""
 
 from __future__ import annotations
 
@@ -428,13 +428,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def run_checks(rank: int, world_size: int, tp_sizes: tuple[int, ...], folder: str) -> None:
+def run(tp_sizes: list[int], folder: Path) -> None:
     """One rank: every check in every size; writes {(check, tp): {what: error} or traceback} to `folder`."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # rounding hides no mistake, whatever kernels a processor has
-    rendezvous = f"file://{folder}/rendezvous"
-    timeout = datetime.timedelta(minutes=5)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     results: dict[tuple[str, int], dict[str, float] | str] = {}
     try:
         for tp_size in tp_sizes:
@@ -447,5 +446,4 @@ def run_checks(rank: int, world_size: int, tp_sizes: tuple[int, ...], folder: st
                     results[name, tp_size] = traceback.format_exc()
                     return
     finally:
-        torch.save(results, Path(folder) / f"rank{rank}.pt")
-        dist.destroy_process_group()
+        torch.save(results, folder / f"rank{rank}.pt")

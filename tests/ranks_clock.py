@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
-from distributed import read_argument, write_answer
 
 from harness.run.instruments.clock import measure_clock_offset
 from harness.spans.clock import to_reference
 
 
-def main() -> None:
+def run(argument: dict[str, Any], folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
     rank, last = dist.get_rank(), dist.get_world_size() - 1
-    argument, origin = read_argument(), time.monotonic_ns()
+    origin = time.monotonic_ns()
 
     def wrong(now_ns: int) -> int:
         return now_ns + argument["offset_ns"] + round((now_ns - origin) * argument["drift"])
@@ -38,10 +38,4 @@ def main() -> None:
     offsets, answers = [None] * (last + 1), [None] * (last + 1)
     dist.all_gather_object(offsets, end.offset_ns)
     dist.all_gather_object(answers, answer)
-    if rank == 0:
-        write_answer({**answers[last], "other_offset_ns": offsets[1]})  # type: ignore[dict-item]
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return {**answers[last], "other_offset_ns": offsets[1]}  # type: ignore[dict-item]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
-from distributed import read_argument, write_answer
 from helpers import make_config
 
 from harness.record.store import Attempt
@@ -14,19 +13,13 @@ from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.tasks.comm_bench import comm_bench
 
 
-def main() -> None:
+def run(argument: list[list[str]], folder: Path) -> list[Any]:
     initialize_distributed()
     rank = int(os.environ["RANK"])
     results = []
-    for overrides in read_argument():
-        attempt = Attempt(Path(sys.argv[1]) / f"attempt-{len(results) + 1}")
+    for overrides in argument:
+        attempt = Attempt(folder / f"attempt-{len(results) + 1}")
         attempt.path.mkdir(exist_ok=True)
         comm_bench(attempt, make_config(*overrides), rank)
         results.append(attempt.result())
-    if rank == 0:
-        write_answer(results)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
-from distributed import read_argument, write_answer
 from helpers import make_config
 
 from harness.run.data import CorpusSamples, micro_batches
@@ -14,22 +14,16 @@ from harness.run.engines.engine import build_engine
 from harness.run.tasks.train import share_corpus
 
 
-def main() -> None:
+def run(argument: list[list[str]], folder: Path) -> list[list[float]]:
     torch.set_num_threads(1)
     initialize_distributed()
     rank = int(os.environ["RANK"])
     curves = []
-    for overrides in read_argument():
+    for overrides in argument:
         config = make_config(*overrides)
         engine = build_engine(config, rank)
         samples = CorpusSamples(config, share_corpus(config, rank))
         data = micro_batches(config, samples, engine.topology.coordinate(rank).dp)
         curves.append([engine.train_step(data) for _ in range(config.train.steps)])
         engine.destroy()
-    if rank == 0:
-        write_answer(curves)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return curves

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from distributed import read_argument, write_answer
 from helpers import make_config
 from ranks_parity import TINY
 from torch import Tensor
@@ -178,20 +178,14 @@ def betas_swapped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "build_optimizer", swapped)
 
 
-def main() -> None:
+def run(argument: list[tuple[str, list[str]]], folder: Path) -> dict[str, list[str]]:
     torch.set_num_threads(1)
     initialize_distributed()
     rank = int(os.environ["RANK"])
     answers = {}
-    for name, overrides in read_argument():
+    for name, overrides in argument:
         with pytest.MonkeyPatch.context() as patch:
             DEFECTS[name](patch)
             comparisons = parity.check_parity(make_config(*TINY, *overrides), rank)
         answers[name] = [comparison.kind for comparison in comparisons if not comparison.passed]
-    if rank == 0:
-        write_answer(answers)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return answers

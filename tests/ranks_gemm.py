@@ -7,8 +7,6 @@ last rank finds no memory, and then all have little.
 from __future__ import annotations
 
 import fcntl
-import os
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -17,7 +15,6 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from distributed import read_argument, write_answer
 
 from harness.run.instruments import gemm
 
@@ -25,13 +22,13 @@ CPU = torch.device("cpu")
 draw = torch.randn
 
 
-def main() -> None:
+def run(argument: dict[str, float], folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
-    argument, rank, last = read_argument(), dist.get_rank(), dist.get_world_size() - 1
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
     gemm.WINDOW_SECONDS = argument["window_seconds"]
     sizes: list[int] = []
     seconds: list[float] = []
-    with Path(sys.argv[1], "core").open("a") as core:  # a description of its own for each rank: they exclude each other
+    with (folder / "core").open("a") as core:  # a description of its own for each rank: they exclude each other
 
         def product(a: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             sizes.append(len(a))
@@ -60,18 +57,14 @@ def main() -> None:
     torch.randn, torch.mm, psutil.virtual_memory = draw, lambda a, *_, **__: sizes.append(len(a)), little_memory
     sizes.clear()
     gemm.measure(torch.float32, CPU)
-    if rank == 0:
-        write_answer(
-            {
-                "rates": rates,
-                "cores": cores[0],
-                "product_seconds": median(seconds),
-                "problems": problems,
-                "sizes": sorted(set(sizes)),
-            }
-        )
     dist.barrier()
-    os._exit(0)
+    return {
+        "rates": rates,
+        "cores": cores[0],
+        "product_seconds": median(seconds),
+        "problems": problems,
+        "sizes": sorted(set(sizes)),
+    }
 
 
 def everyone(value: Any) -> list[Any]:
@@ -82,7 +75,3 @@ def everyone(value: Any) -> list[Any]:
 
 class little_memory:
     available = 2 * 16 * 3 * 512**2 * 4  # room for products of size 512 on two ranks
-
-
-if __name__ == "__main__":
-    main()

@@ -6,13 +6,11 @@ Answers with the result of each, and with what the devices were asked for on eve
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from cuda_standin.standin import DEVICES
-from distributed import read_argument, write_answer
 from helpers import make_config
 
 from harness.machine import detect_machine
@@ -25,12 +23,12 @@ from harness.run.tasks.verify import verify
 TASKS = {"train": train, "verify": verify, "comm_bench": comm_bench}
 
 
-def main() -> None:
+def run(argument: list[tuple[str, list[str]]], folder: Path) -> dict[str, Any]:
     initialize_distributed()
     rank, results = int(os.environ["RANK"]), []
     host = dist.new_group(backend="gloo")
-    for number, (task, overrides) in enumerate(read_argument()):
-        attempt = Attempt(Path(sys.argv[1]) / f"attempt-{number + 1}")
+    for number, (task, overrides) in enumerate(argument):
+        attempt = Attempt(folder / f"attempt-{number + 1}")
         attempt.path.mkdir(exist_ok=True)
         TASKS[task](attempt, make_config(*overrides, machine=detect_machine()), rank)
         dist.barrier(host)
@@ -38,10 +36,4 @@ def main() -> None:
     own = {"current": DEVICES.current, "peak": DEVICES.peak, "calls": DEVICES.calls}
     devices: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
     dist.gather_object(own, devices, dst=0, group=host)
-    if rank == 0:
-        write_answer({"results": results, "devices": devices})
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return {"results": results, "devices": devices}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
-from distributed import read_argument, write_answer
 from helpers import MACHINE, make_config
 
 from harness.machine import Machine
@@ -36,22 +37,16 @@ def machine_for(overrides: list[str]) -> Machine:
     return GPUS
 
 
-def main() -> None:
+def run(argument: list[list[str]], folder: Path) -> list[list[dict[str, Any]]]:
     torch.set_num_threads(1)
     initialize_distributed()
     rank = int(os.environ["RANK"])
     answers, num_threads = [], list[int]()
-    for overrides in read_argument():
+    for overrides in argument:
         config = make_config(*TINY, *overrides, machine=machine_for(overrides))
         comparisons = check_parity(config, rank)
         answers.append([{**asdict(c), "passed": c.passed} for c in comparisons])
         num_threads.append(psutil.Process().num_threads())
     # gloo keeps three threads for each group; engines that were not freed would add up to many hundreds.
     assert num_threads[-1] - num_threads[0] < 150, num_threads
-    if rank == 0:
-        write_answer(answers)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return answers

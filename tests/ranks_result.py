@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from itertools import count
 from pathlib import Path
 from typing import Any
-
-from distributed import read_argument, write_answer
 
 RANK, LAST = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
 true_clock, drift = time.monotonic_ns, 0.0
@@ -38,9 +35,9 @@ from harness.run.engines.deepspeed.join import initialize_distributed  # noqa: E
 PARTS = "breakdown describe_stages flops_beside_peers memory_beside_measured peak_flops_per_second print_summary"
 
 
-def main() -> None:
+def run(argument: dict[str, Any], folder: Path) -> dict[str, Any]:
     global drift
-    argument, answer = read_argument(), {}
+    answer = {}
     os.environ["XDG_CACHE_HOME"] = "/proc/nowhere"
     len(b"-" * 2**30)  # as building a model may take, before it trains
     initialize_distributed()
@@ -57,7 +54,7 @@ def main() -> None:
         if name == "drifting":
             drift = argument["drift"]
         mended = break_all() if name == "broken" else {}
-        attempt = Attempt(Path(sys.argv[1]) / name)
+        attempt = Attempt(folder / name)
         attempt.path.mkdir(exist_ok=True)
         harness.run.tasks.train.train(attempt, make_config(*overrides), RANK)
         for part, original in mended.items():
@@ -69,10 +66,8 @@ def main() -> None:
                 "lines": list(map(json.loads, lines)),
             }
             answer[name]["files"] = sorted(path.name for path in attempt.path.iterdir())
-    if RANK == 0:
-        write_answer(answer)
     torch.distributed.barrier()
-    os._exit(0)
+    return answer
 
 
 def after(act: Any, then: Any) -> Any:
@@ -107,7 +102,3 @@ def break_all() -> dict[str, Any]:
 
     harness.run.instruments.gemm.free_bytes = only_once
     return broken
-
-
-if __name__ == "__main__":
-    main()

@@ -8,14 +8,12 @@ with `large_bytes` it holds so much more memory.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from distributed import read_argument, write_answer
 from helpers import make_config
 
 import harness.run.tasks.train
@@ -25,8 +23,7 @@ from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.engines.engine import build_engine
 
 
-def main() -> None:
-    argument = read_argument()
+def run(argument: dict[str, Any], folder: Path) -> list[list[dict[str, Any]]]:
     initialize_distributed()
     rank = int(os.environ["RANK"])
     is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
@@ -36,20 +33,18 @@ def main() -> None:
         end_steps_late(seconds)
     hoard = b"x" * argument.get("large_bytes", 0) if is_last else b""
     curves = []
-    for folder, overrides in argument["runs"]:
-        attempt = Attempt(Path(sys.argv[1]) / folder)
+    for name, overrides in argument["runs"]:
+        attempt = Attempt(folder / name)
         attempt.path.mkdir(parents=True, exist_ok=True)
         harness.run.tasks.train.train(attempt, make_config(*overrides), rank)
         curves.append(read_jsonl(attempt.metrics_file))
-    for folder, overrides in argument.get("copies", ()):
+    for name, overrides in argument.get("copies", ()):
         config = make_config(*overrides)
         engine = build_engine(config, rank)
         step = load_checkpoint(Path(str(config.train.resume)), engine, config, None)
-        save_checkpoint(Path(sys.argv[1]) / folder / "checkpoints", engine, config, step, None)
-    if rank == 0:
-        write_answer(curves)
+        save_checkpoint(folder / name / "checkpoints", engine, config, step, None)
     del hoard
-    os._exit(0)
+    return curves
 
 
 def end_steps_late(seconds: float) -> None:
@@ -79,7 +74,3 @@ def hang_in_checkpoint(at_step: int) -> None:
         save_checkpoint(*arguments)
 
     harness.run.tasks.train.save_checkpoint = save
-
-
-if __name__ == "__main__":
-    main()

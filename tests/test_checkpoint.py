@@ -273,13 +273,11 @@ def kill_when(reached: Callable[[], bool], argument: Any, folder: Path) -> None:
         deadline = time.monotonic() + 300
         while not reached():
             assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in ranks), (folder / "rank0.log").read_text()
+            assert not ranks.has_ended(), (folder / "rank0.log").read_text()
             time.sleep(0.001)
     finally:
-        for process in ranks:
-            process.kill()
-        for process in ranks:
-            process.wait()
+        ranks.kill()
+        ranks.wait()
 
 
 # --- what is refused

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
-from helpers_model import CHECKS, TOLERANCE, run_checks
+from distributed import run_ranks
+from helpers_model import CHECKS, TOLERANCE
 
 WORLD_SIZE = 4
 TP_SIZES = (2, 4)
@@ -20,8 +19,8 @@ Errors = dict[str, float] | str | None
 def errors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str, int], Errors]:
     """Errors by (rank, check, tp) from one launch of four gloo ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_checks, (WORLD_SIZE, TP_SIZES, str(folder)), nprocs=WORLD_SIZE)
-    results = [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+    run_ranks(WORLD_SIZE, "helpers_model", TP_SIZES, folder)
+    results = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
     return lambda rank, check, tp: results[rank].get((check, tp))
 
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
@@ -55,11 +56,10 @@ def main() -> None:
         )
 
 
-def rank_main() -> None:
+def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: save both ways, then load."""
     import torch
     import torch.distributed as dist
-    from distributed import read_argument, write_answer
     from helpers import make_config
 
     from harness.checkpoints import directory_of
@@ -68,7 +68,6 @@ def rank_main() -> None:
     from harness.run.engines.deepspeed.join import initialize_distributed
     from harness.run.engines.engine import build_engine
 
-    case, folder = read_argument(), Path(sys.argv[1])
     initialize_distributed()
     rank = int(os.environ["RANK"])
     config = make_config(*case["overrides"], machine=detect_machine())
@@ -104,10 +103,8 @@ def rank_main() -> None:
         clean()
         times["save"].append(seconds(lambda: save_checkpoint(target.parent, engine, config, 1, None)))
         times["load"].append(seconds(lambda: load_checkpoint(target, engine, config, None)))
-    if rank == 0:
-        write_answer({**times, "bytes": sum(tensor.nbytes for tensor in tensors.values())})
-    os._exit(0)
+    return {**times, "bytes": sum(tensor.nbytes for tensor in tensors.values())}
 
 
 if __name__ == "__main__":
-    rank_main() if "RANK" in os.environ else main()
+    main()

@@ -232,10 +232,9 @@ def work_a_while() -> None:
         pass
 
 
-def rank_main() -> None:
+def run(argument: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """One rank: a step of each case in turn."""
     import torch
-    from distributed import read_argument, write_answer
     from helpers import make_config
 
     from harness.record.store import Attempt
@@ -246,7 +245,6 @@ def rank_main() -> None:
     from harness.run.tasks.train import Loop, share_corpus
     from harness.spans.span import KINDS
 
-    argument = read_argument()
     if not argument["normal_priority"]:
         with contextlib.suppress(PermissionError):  # for this thread and those it starts from now on
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -258,7 +256,7 @@ def rank_main() -> None:
     for number, fields in enumerate(argument["cases"]):
         case = Case(**fields)
         config = make_config(*case.overrides)
-        attempt = Attempt(Path(sys.argv[1]) / f"attempt-{number}")
+        attempt = Attempt(folder / f"attempt-{number}")
         attempt.path.mkdir(exist_ok=True)
         engine = build_engine(config, rank)
         if case.slow_host:
@@ -278,10 +276,7 @@ def rank_main() -> None:
     for *_, loop, _ in runs:
         loop.close()
     torch.distributed.barrier()  # all files are whole
-    if rank == 0:
-        write_answer([asdict(read_measured(case, attempt, windows[case])) for case, attempt, *_ in runs])
-    sys.stdout.flush()
-    os._exit(0)
+    return [asdict(read_measured(case, attempt, windows[case])) for case, attempt, *_ in runs if rank == 0]
 
 
 def read_measured(case: Case, attempt: Any, windows: list[tuple[float, float]]) -> Measured:
@@ -310,4 +305,4 @@ def read_measured(case: Case, attempt: Any, windows: list[tuple[float, float]]) 
 
 
 if __name__ == "__main__":
-    rank_main() if "RANK" in os.environ else main()
+    main()

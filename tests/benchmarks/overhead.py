@@ -57,11 +57,10 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     return ordered[low], ordered[high]
 
 
-def rank_main() -> None:
+def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: alternate the two engines."""
     import torch
     import torch.distributed as dist
-    from distributed import read_argument, write_answer
     from helpers import make_config
 
     from harness.machine import detect_machine
@@ -74,14 +73,13 @@ def rank_main() -> None:
     from harness.run.instruments.tracer import HostClock, Tracer
     from harness.run.tasks.train import Loop, share_corpus
 
-    case = read_argument()
     initialize_distributed()
     rank = int(os.environ["RANK"])
     config = make_config(*case["overrides"], machine=detect_machine())
     torch.set_num_threads(config.launch.threads_per_rank)
     samples = CorpusSamples(config, share_corpus(config, rank))
     bare, engine = build_bare(config, rank), build_engine(config, rank)
-    attempt = Attempt(Path(sys.argv[1]))
+    attempt = Attempt(folder)
     tracer = Tracer(HostClock(), nested=config.tracking.trace_level == "collectives")
     tracer.attach(engine)
     engine.observers.append(HeartbeatObserver(Heart(attempt.path, rank), lambda: engine.steps_taken, "cpu"))
@@ -109,12 +107,9 @@ def rank_main() -> None:
             elapsed = seconds(run, step)
             if step > 3:  # buffers and the shape handshake
                 times[name].append(elapsed)
-    if rank == 0:
-        ratios = [b / h for b, h in zip(times["bare"], times["harness"], strict=True)]
-        tokens = config.train.global_batch_size * config.train.sequence_length
-        write_answer({**times, "ratios": ratios, "tokens": tokens})
-    sys.stdout.flush()
-    os._exit(0)
+    ratios = [b / h for b, h in zip(times["bare"], times["harness"], strict=True)]
+    tokens = config.train.global_batch_size * config.train.sequence_length
+    return {**times, "ratios": ratios, "tokens": tokens}
 
 
 def build_bare(config: Any, rank: int) -> Any:
@@ -155,4 +150,4 @@ def build_bare(config: Any, rank: int) -> Any:
 
 
 if __name__ == "__main__":
-    rank_main() if "RANK" in os.environ else main()
+    main()

@@ -42,10 +42,9 @@ def main() -> None:
         )
 
 
-def rank_main() -> None:
+def run(overrides: list[str], folder: Path) -> list[tuple[float, float]]:
     """One rank: a block without and with sequence parallelism, measured and counted."""
     import torch
-    from distributed import read_argument, write_answer
     from helpers import make_config
     from helpers_model import saved_bytes
 
@@ -57,7 +56,7 @@ def rank_main() -> None:
 
     initialize_distributed()
     torch.set_num_threads(1)
-    rank, config = int(os.environ["RANK"]), make_config(*read_argument())
+    rank, config = int(os.environ["RANK"]), make_config(*overrides)
     model, train, size = config.model, config.train, config.parallel.tp
     tp = build_tensor_parallel(Topology(pp=1, dp=1, tp=size), rank, model.num_key_value_heads)
     answers = []
@@ -70,11 +69,8 @@ def rank_main() -> None:
         tokens = train.micro_batch_size * train.sequence_length
         saved = saved_bytes(block, hidden) / tokens
         answers.append((saved, block_activation_bytes_per_token(model, parallel, "fp32")))
-    if rank == 0:
-        write_answer(answers)
-    sys.stdout.flush()
-    os._exit(0)
+    return answers
 
 
 if __name__ == "__main__":
-    rank_main() if "RANK" in os.environ else main()
+    main()

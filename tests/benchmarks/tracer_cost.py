@@ -73,11 +73,10 @@ def span_seconds(calls: int = 100_000) -> float:
     return (durations[0] - durations[1]) / calls
 
 
-def rank_main() -> None:
+def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: one engine, whose instructions are traced in every other step."""
     import torch
     import torch.distributed as dist
-    from distributed import read_argument, write_answer
     from helpers import make_config
 
     from harness.machine import detect_machine
@@ -89,7 +88,6 @@ def rank_main() -> None:
     from harness.spans.files import span_lines
     from harness.spans.span import Span
 
-    case = read_argument()
     initialize_distributed()
     rank = int(os.environ["RANK"])
     config = make_config(*case["overrides"], machine=detect_machine())
@@ -121,20 +119,15 @@ def rank_main() -> None:
         pairs.append({is_traced: seconds(is_traced) for is_traced in order})
     largest: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(largest, (len(spans), sum(map(len, span_lines(spans)))))
-    if rank == 0:
-        timed = pairs[2:]  # buffers and the shape handshake
-        write_answer(
-            {
-                "differences": [pair[True] / pair[False] - 1 for pair in timed],
-                "step_seconds": statistics.median(pair[False] for pair in timed),
-                "num_spans": max(count for count, _ in largest),
-                "bytes_per_step": max(size for _, size in largest),
-                "span_seconds": span_seconds(),
-            }
-        )
-    sys.stdout.flush()
-    os._exit(0)
+    timed = pairs[2:]  # buffers and the shape handshake
+    return {
+        "differences": [pair[True] / pair[False] - 1 for pair in timed],
+        "step_seconds": statistics.median(pair[False] for pair in timed),
+        "num_spans": max(count for count, _ in largest),
+        "bytes_per_step": max(size for _, size in largest),
+        "span_seconds": span_seconds() if rank == 0 else None,
+    }
 
 
 if __name__ == "__main__":
-    rank_main() if "RANK" in os.environ else main()
+    main()
