@@ -17,9 +17,9 @@ from helpers import make_config
 from torch import Tensor, nn
 
 from harness.model import collectives
+from harness.model.assembly import build_layers
 from harness.model.block import TransformerBlock
 from harness.model.dropout import RandomStreams
-from harness.model.families import build_layers
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.layers import (
     ColumnParallelLinear,

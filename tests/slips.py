@@ -132,7 +132,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/model/families.py",
+        "harness/model/assembly.py",
         "tests/test_model.py",
         False,
         {
@@ -479,7 +479,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/model/families.py",
+        "harness/model/assembly.py",
         "tests/test_model.py -k dropout_is_where",
         False,
         {
@@ -490,7 +490,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/model/families.py",
+        "harness/model/assembly.py",
         "tests/test_dropout.py -k share_streams",
         False,
         {"slices_of_the_embedding_share_a_mask": ('"embedding", tp.slice_rank)', '"embedding", None)')},

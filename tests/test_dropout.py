@@ -14,9 +14,9 @@ from helpers_model import fill, normal, random_state, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from harness.model import dropout
+from harness.model.assembly import build_layers, describe_layers
 from harness.model.block import TransformerBlock
 from harness.model.dropout import Dropout, RandomStreams
-from harness.model.families import build_layers, describe_layers
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 

@@ -9,8 +9,8 @@ import torch
 from helpers import MACHINE, make_config
 
 from harness.errors import ConfigError
+from harness.model.assembly import build_layers
 from harness.model.emulated import EmulatedBlock
-from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import initialize
 from harness.record.sources import is_oversubscribed

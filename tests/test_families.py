@@ -15,7 +15,7 @@ from helpers import MACHINE, compose_raw, make_config
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
 
 from harness.errors import ConfigError
-from harness.model.families import build_layers
+from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 from harness.model.transformers_weights import from_transformers, to_transformers

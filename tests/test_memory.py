@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers_model import saved_bytes
 
+from harness.model.assembly import build_layers
 from harness.model.block import TransformerBlock
 from harness.model.emulated import EmulatedBlock
-from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.plan.memory import (
     block_activation_bytes_per_token,

@@ -16,7 +16,7 @@ from helpers import MACHINE, make_config, record_attempt, step_records
 
 from harness.corpus import prepare_corpus
 from harness.machine import Machine
-from harness.model.families import build_layers
+from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import initialize
 from harness.plan.hardware import peak_flops_per_second

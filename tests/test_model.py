@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
 from torch import Tensor
 
+from harness.model.assembly import SingleStage, build_layers, describe_layers, layer_names
 from harness.model.block import RotaryPositions, TransformerBlock
-from harness.model.families import SingleStage, build_layers, describe_layers, layer_names
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 from harness.model.transformers_weights import to_transformers

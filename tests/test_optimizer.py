@@ -10,7 +10,7 @@ import torch
 from helpers import make_config
 from helpers_model import tiny_model
 
-from harness.model.families import build_layers
+from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
 from harness.run.optimizer import build_learning_rate, build_optimizer, learning_rate_factor
 from harness.spec.config import Train

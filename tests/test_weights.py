@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import ConfigError
-from harness.model.families import build_layers
+from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.transformers_weights import from_transformers, to_transformers
 from harness.model.weights import draw, initialize, load_full, shard, unshard

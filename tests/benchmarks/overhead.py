@@ -118,7 +118,7 @@ def build_bare(config: Any, rank: int) -> Any:
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    from harness.model.families import describe_layers
+    from harness.model.assembly import describe_layers
     from harness.model.groups import build_tensor_parallel
     from harness.model.loss import PipelineLoss
     from harness.model.weights import initialize

@@ -18,10 +18,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from harness.model.assembly import describe_layers
 from harness.model.collectives import all_reduce
 from harness.model.dropout import RandomStreams
 from harness.model.emulated import set_stage
-from harness.model.families import describe_layers
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
 from harness.model.weights import initialize, load_full

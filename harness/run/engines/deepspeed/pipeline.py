@@ -8,7 +8,7 @@ from typing import Any
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from harness.model.families import LayerDescription
+from harness.model.assembly import LayerDescription
 
 
 class StagedPipeline(PipelineModule):  # type: ignore[misc]  # deepspeed has no types

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.model.assembly import build_layers
 from harness.model.dropout import RandomStreams
 from harness.model.emulated import set_stage
-from harness.model.families import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.loss import IGNORE_INDEX
 from harness.model.weights import initialize, load_full
