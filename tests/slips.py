@@ -108,12 +108,19 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/engines/deepspeed/build.py",
+        "harness/run/engines/deepspeed/engine.py",
         "tests/test_parity.py::test_parity[1]",
         True,
         {
-            "clipping_never": ("scale_gradients(parameters, training.gradient_norm, max_norm)", "pass"),
-            "micro_batches_share_masks": ("next(numbers) % engine.micro_batches", "0"),
+            "clipping_never": ("scale_gradients(parameters, self._norm, self.config.train.gradient_clipping)", "pass"),
+        },
+    ),
+    *slips(
+        "harness/run/engines/engine.py",
+        "tests/test_parity.py::test_parity[1]",
+        True,
+        {
+            "micro_batches_share_masks": ("(self._steps_taken(), instruction.micro_batch)", "(self._steps_taken(), 0)"),
         },
     ),
     *slips(
@@ -240,11 +247,35 @@ SLIPS = [
             ),
             "busy_of_all_tp_ranks": ("r in stage) / len(stage) for", "r in stage) for"),
             "backward_left_out": ("return self.forward_seconds + self.backward_seconds", "return self.forward_seconds"),
-            "ideal_with_p_instead_of_p_less_1": (
-                "return (num_stages - 1) / (num_micro_batches + num_stages - 1)",
-                "return (num_stages - 1) / (num_micro_batches + num_stages)",
+            "largest_bubble_of_replicas": (
+                "fraction=sum(b.fraction for b in bubbles) / len(bubbles)",
+                "fraction=max(b.fraction for b in bubbles)",
+            ),
+            "mean_of_steps_for_median": (
+                "fraction=median(bubble.fraction for bubble in steps)",
+                "fraction=sum(bubble.fraction for bubble in steps) / len(steps)",
             ),
             "overhead_is_fraction": ("overhead=total / busy - 1", "overhead=1 - busy / total"),
+        },
+    ),
+    *slips(
+        "harness/spec/schedules.py",
+        "tests/test_spans.py tests/test_schedule.py",
+        False,
+        {
+            "ideal_with_p_instead_of_p_less_1": ("return Fraction(p - 1, m * v)", "return Fraction(p, m * v)"),
+            "in_flight_until_the_next": (
+                'now += (instruction.kind == "forward") - (instruction.kind == last)',
+                'now += instruction.kind == "forward"',
+            ),
+        },
+    ),
+    *slips(
+        "harness/spec/topology.py",
+        "tests/test_topology.py",
+        False,
+        {
+            "stages_of_their_first_rank": ("for tp in neighbours]", "for tp in range(1)]"),
         },
     ),
     *slips(
@@ -445,22 +476,25 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/checkpoint.py",
+        "harness/run/engines/deepspeed/engine.py",
         "tests/test_checkpoint.py -k same_layout_goes_on",
         True,
         {
             "rate_a_step_late_after_resuming": (
-                "last_epoch = meta.scheduler_step - 1",
-                "last_epoch = meta.scheduler_step",
+                "last_epoch = progress.scheduler_step - 1",
+                "last_epoch = progress.scheduler_step",
             ),
         },
     ),
     *slips(
-        "harness/run/checkpoint.py",
+        "harness/run/engines/deepspeed/engine.py",
         "tests/test_dropout.py -k resuming",
         True,
         {
-            "masks_from_the_start_after_resuming": ("    engine.global_steps = meta.step  # dropout draws by it\n", ""),
+            "masks_from_the_start_after_resuming": (
+                "        engine.global_steps = progress.step  # dropout draws by it\n",
+                "",
+            ),
         },
     ),
     *slips(
@@ -533,18 +567,6 @@ SLIPS = [
         {
             "first_steps_stand_for_a_run": ("values[i * len(values) // count]", "values[i]"),
             "negative_residuals_are_small": ("100 * abs(a.residual_seconds)", "100 * a.residual_seconds"),
-        },
-    ),
-    *slips(
-        "harness/run/tasks/train.py",
-        "tests/test_metrics.py -k replicas",
-        False,
-        {
-            "largest_bubble_of_replicas": (
-                "fraction=sum(b.fraction for b in bubbles) / count",
-                "fraction=max(b.fraction for b in bubbles)",
-            ),
-            "stages_of_their_first_rank": ("for tp in range(topology.tp)]", "for tp in range(1)]"),
         },
     ),
     *slips(
