@@ -40,10 +40,21 @@ def collect(sweep: SweepDirectory) -> list[Row]:
 
 
 def newest_environment(points: Iterable[Point]) -> Mapping[str, Any] | None:
-    """Where the attempt ran that ended last; None when none has."""
-    statuses = [attempt.status() for point in points for attempt in point.attempts()]
+    """Where the attempt ran that ended last, those of a later version left out; None when none has."""
+    attempts = [attempt for point in points for attempt in point.attempts() if not attempt.later_version()]
+    statuses = [attempt.status() for attempt in attempts]
     ended = [status for status in statuses if status.get("ended") and status.get("environment")]
     return max(ended, key=lambda status: str(status["ended"]))["environment"] if ended else None
+
+
+def left_out(sweep: SweepDirectory) -> list[str]:
+    """A sentence for each attempt that a later version made: what it holds is not known, so it is in no table."""
+    attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
+    return [
+        f"{attempt.path.relative_to(sweep.path)} is of a later version ({unknown}); left out"
+        for attempt in attempts
+        if (unknown := attempt.later_version())
+    ]
 
 
 def is_ranked(row: Row) -> bool:
