@@ -319,11 +319,8 @@ def columns_named(text: str) -> list[str]:
     wanted = [name.strip() for name in text.split(",")]
     for name in wanted:
         if name not in known:
-            similar = [
-                *(other for other in known if name and name.lower() in other),
-                *get_close_matches(name.lower(), known),
-            ]
-            near = ", ".join(list(dict.fromkeys(similar))[:MOST_NEAR])
+            holding = [other for other in known if name and name.lower() in other]
+            near = ", ".join(list(dict.fromkeys([*holding, *get_close_matches(name.lower(), known)]))[:MOST_NEAR])
             raise ConfigError(f"no column {name!r}; {f'near: {near}' if near else 'results/README.md lists them all'}")
     return wanted
 
