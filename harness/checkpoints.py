@@ -122,18 +122,19 @@ def fingerprint(checkpoint: str) -> str:
     return hashlib.sha256((Path(checkpoint) / META).read_bytes()).hexdigest()
 
 
-def check_resume(path: str, model: Mapping[str, Any], train: Mapping[str, Any]) -> None:
+def check_resume(path: str, model: Mapping[str, Any], train: Mapping[str, Any], came_later: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that is damaged, of another model, or leaves nothing to train.
 
     Args:
         model, train: sections of the configuration that resumes.
+        came_later: keys of the model, and the values they have in checkpoints from before they came.
 
     Raises:
         ConfigError: with what is wrong and what to change.
     """
     checkpoint = Path(path)
     meta = read_meta(checkpoint)
-    saved_model, saved_optimizer = meta.config.model, meta.config.train.get("optimizer")
+    saved_model, saved_optimizer = {**came_later, **meta.config.model}, meta.config.train.get("optimizer")
     for key in sorted(model.keys() & saved_model.keys() - NOT_THE_MODEL):
         if model[key] != saved_model[key]:
             raise ConfigError(

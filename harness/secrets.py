@@ -36,6 +36,8 @@ TYPED_OUT = re.compile(
 )
 SHORTEST = 4
 """Characters of a value that is hidden in texts; shorter ones are no secrets, and half a text would go with them."""
+LONGEST = 80
+"""Characters of a setting that is told."""
 
 
 class TypedOut(ConfigError):
@@ -91,6 +93,15 @@ def _typed_out(key: str) -> TypedOut:
         f"{key} is given a secret, which would be written to files; put it into an environment variable, and write "
         f"{key}='${{oc.env:NAME}}' with the name of that variable"
     )
+
+
+def told(key: str, value: Any) -> str:
+    """`KEY=VALUE` for people, on one short line; without the value where it may be a secret."""
+    text = f"{key}={value}"
+    if _is_secret(key) or TYPED_OUT.search(text):
+        return f"{key}=..."
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def variables(value: Any) -> set[str]:

@@ -258,6 +258,12 @@ class TestRow:
         assert found["command"] == "python launchers/train.py parallel.tp=3"
         assert found["dp"] is found["micro_batch_size"] is found["world_size"] is None
 
+    def test_of_a_refused_point_whose_types_are_right(self, tmp_path: Path) -> None:
+        raw = make_config().model_dump(mode="json")
+        raw["parallel"]["schedule"] = "none_of_ours"
+        found = row(SweepDirectory(tmp_path, "grid").record_invalid(["a=1"], raw, "no", "x"))
+        assert (found["schedule"], found["tp"], found["bubble_fraction_ideal"]) == ("none_of_ours", 1, None)
+
     def test_survives_damage(self, tmp_path: Path) -> None:
         attempt = record_attempt(SweepDirectory(tmp_path, "grid"))
         attempt.result_file.write_text('{"row": 3}')

@@ -25,6 +25,7 @@ from omegaconf.resolvers import oc
 from harness.errors import ConfigError
 from harness.secrets import refuse_typed_out, settle
 from harness.spec.config import REPOSITORY
+from harness.spec.versions import later_keys
 
 CONF = REPOSITORY / "conf"
 
@@ -38,7 +39,7 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> dict[str, 
     Raises:
         ConfigError: an override that is misspelt, names nothing or leads nowhere.
     """
-    overrides = open_deepspeed(overrides)
+    overrides = open_keys(overrides)
     with one_sentence(overrides):
         return plain(_load(list(overrides), config_name))
 
@@ -55,7 +56,7 @@ class Composer:
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """As the function of the same name."""
-        overrides = open_deepspeed(overrides)
+        overrides = open_keys(overrides)
         with one_sentence(overrides, self._load):
             parsed = [_parse(override) for override in overrides]
             choices = [override for override in parsed if not _is_value(override)]
@@ -87,15 +88,32 @@ def run_hydra(argv: Sequence[str], config_name: str, task: Callable[[DictConfig]
         ConfigError: as `compose`.
         SystemExit: Hydra printed what was asked for, or refused a flag.
     """
-    sys.argv[1:] = argv = open_deepspeed(argv)
+    sys.argv[1:] = argv = open_keys(argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing a stack and exiting with 1
     with one_sentence([argument for argument in argv if not argument.startswith("-")]):
         hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(task)()
 
 
-def open_deepspeed(overrides: Sequence[str]) -> list[str]:
-    """Let `deepspeed.KEY=VALUE` name keys that no file lists; `load_config` checks them."""
-    return [f"++{override}" if override.startswith("deepspeed.") else override for override in overrides]
+def open_keys(overrides: Sequence[str]) -> list[str]:
+    """Let overrides name keys that no file lists: those of DeepSpeed, and those that came later.
+
+    `load_config` checks them.
+    """
+    later = later_keys()
+
+    def is_open(override: str) -> bool:
+        key = override.partition("=")[0]
+        return key.startswith("deepspeed.") or (key in later and not _is_listed(key))
+
+    return [f"++{override}" if is_open(override) else override for override in overrides]
+
+
+@lru_cache(maxsize=4096)
+def _is_listed(key: str) -> bool:
+    """Whether every file of the key's group sets it."""
+    section, _, name = key.rpartition(".")
+    files = [*(CONF / section).glob("*.yaml")] if section else [CONF / "config.yaml"]
+    return bool(files) and all(name in _keys(file) for file in files)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -212,6 +230,7 @@ def _not_a_choice(overrides: Sequence[str]) -> str:
 def _unknown_key(key: str, load: Load) -> str:
     known = [
         *_dotted(plain(load([]))),
+        *later_keys(),
         *(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"),
     ]
     section, _, name = key.rpartition(".")

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from harness.errors import ConfigError
 from harness.launch.backends import backend_of
-from harness.launch.compose import Composer, open_deepspeed
+from harness.launch.compose import Composer, open_keys
 from harness.machine import Machine
 from harness.record.store import Attempt, Point, SweepDirectory, is_stale, write_atomically
 from harness.secrets import PLACES, TypedOut
@@ -47,7 +47,7 @@ def expand(
     """
     parser = OverridesParser.create(config_loader=config_loader)
     axes: dict[str, list[list[str]]] = {}
-    for override in parser.parse_overrides(open_deepspeed([*(f"{k}={v}" for k, v in params.items()), *arguments])):
+    for override in parser.parse_overrides(open_keys([*(f"{k}={v}" for k, v in params.items()), *arguments])):
         key = override.get_key_element()
         if not override.is_sweep_override():
             axes[key] = [[str(override.input_line)]]
@@ -165,7 +165,7 @@ def decide(config: RunConfig, point: Point, now: Mapping[str, Any]) -> Decision:
     """
     repeats, newest = config.sweep.repeats, point.newest_finished()
     if newest is None:
-        return Decision("run", "interrupted before" if point.attempts() else "not measured yet", num_runs=repeats)
+        return Decision("run", "interrupted before" if point.shown() else "not measured yet", num_runs=repeats)
     content = newest.status()
     status = content["status"]
     if is_stale(content.get("environment") or {}, now):
@@ -246,7 +246,8 @@ def new_attempt(config: RunConfig, sweep: SweepDirectory, identity: str, overrid
 
 
 def _never_started(attempt: Attempt) -> bool:
-    return attempt.status()["status"] == "interrupted" and not attempt.log_file.exists()
+    is_waiting = attempt.status()["status"] == "interrupted" and not attempt.log_file.exists()
+    return is_waiting and not attempt.later_version()
 
 
 def repeat_command(overrides: Sequence[str], world_size: int) -> str:

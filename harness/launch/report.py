@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harness.analyse.finish import Finishing, finish, print_warnings, start_mirrors
 from harness.errors import ConfigError
-from harness.record.report import collect, columns_named, print_columns, print_report, rank, write_report
+from harness.record.report import collect, columns_named, left_out, print_columns, print_report, rank, write_report
 from harness.record.store import SweepDirectory
 
 
@@ -45,12 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         print_report(rows, console)
     else:
         print_columns(rows, wanted, console)
-    print_warnings(warnings)
+    print_warnings([*left_out(sweep), *warnings])
     return 1 if warnings else 0
 
 
 def _mirror_attempts(sweep: SweepDirectory) -> list[str]:
     """Write the ended attempts that wandb does not have; warnings."""
     attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
-    missing = [a.path for a in attempts if not a.wandb_run_id() and a.status()["status"] not in ("pending", "running")]
+    ended = [a for a in attempts if a.status()["status"] not in ("pending", "running") and not a.later_version()]
+    missing = [attempt.path for attempt in ended if not attempt.wandb_run_id()]
     return finish([Finishing(start_mirrors(missing))], 60 + 10 * len(missing)) if missing else []

@@ -35,7 +35,7 @@ from harness.launch.points import Candidate, Run, check_points, decide_all, inte
 from harness.launch.preview import print_preview
 from harness.launch.verify import verify_layouts
 from harness.machine import Machine, detect_machine
-from harness.record.report import print_report, write_report
+from harness.record.report import left_out, print_report, write_report
 from harness.record.rows import point_row
 from harness.record.sources import is_sound
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, this_process, write_json
@@ -214,7 +214,7 @@ def conclude(sweep: SweepDirectory, runs: Sequence[Run], begun: list[Finishing],
     lost = [run.attempt.path for run in runs if run.reused and not run.attempt.wandb_run_id()]
     if wanted and lost:
         begun = [*begun, Finishing(start_mirrors(lost))]
-    warnings = finish(begun, timeout)
+    warnings = [*finish(begun, timeout), *left_out(sweep)]
     rows = write_report(sweep)
     if wanted:
         warnings += finish([Finishing(start_mirrors([sweep.path]))], timeout)

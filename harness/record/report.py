@@ -40,10 +40,21 @@ def collect(sweep: SweepDirectory) -> list[Row]:
 
 
 def newest_environment(points: Iterable[Point]) -> Mapping[str, Any] | None:
-    """Where the attempt ran that ended last; None when none has."""
-    statuses = [attempt.status() for point in points for attempt in point.attempts()]
+    """Where the attempt ran that ended last, those of a later version left out; None when none has."""
+    attempts = [attempt for point in points for attempt in point.attempts() if not attempt.later_version()]
+    statuses = [attempt.status() for attempt in attempts]
     ended = [status for status in statuses if status.get("ended") and status.get("environment")]
     return max(ended, key=lambda status: str(status["ended"]))["environment"] if ended else None
+
+
+def left_out(sweep: SweepDirectory) -> list[str]:
+    """A sentence for each attempt that a later version made: what it holds is not known, so it is in no table."""
+    attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
+    return [
+        f"{attempt.path.relative_to(sweep.path)} is of a later version ({unknown}); left out"
+        for attempt in attempts
+        if (unknown := attempt.later_version())
+    ]
 
 
 def is_ranked(row: Row) -> bool:
@@ -308,11 +319,8 @@ def columns_named(text: str) -> list[str]:
     wanted = [name.strip() for name in text.split(",")]
     for name in wanted:
         if name not in known:
-            similar = [
-                *(other for other in known if name and name.lower() in other),
-                *get_close_matches(name.lower(), known),
-            ]
-            near = ", ".join(list(dict.fromkeys(similar))[:MOST_NEAR])
+            holding = [other for other in known if name and name.lower() in other]
+            near = ", ".join(list(dict.fromkeys([*holding, *get_close_matches(name.lower(), known)]))[:MOST_NEAR])
             raise ConfigError(f"no column {name!r}; {f'near: {near}' if near else 'results/README.md lists them all'}")
     return wanted
 

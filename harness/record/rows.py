@@ -28,10 +28,10 @@ def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> Row:
     found: Row = dict.fromkeys(columns.names()) | columns.attempt_columns(tried)
     try:
         config = attempt.config()
-    except ValueError:
+        found |= columns.layout_columns(config)
+    except ValueError:  # refused, damaged
         found |= columns.layout_columns(attempt.raw_config())
     else:
-        found |= columns.layout_columns(config)
         if machine := _machine((status.get("environment") or {}).get("hardware")):
             found["oversubscribed"] = is_oversubscribed(config, machine)
         if "row" not in result:
@@ -67,7 +67,7 @@ def point_row(point: Point, reference: Mapping[str, Any] | None = None) -> Row |
         reference: as for `row`.
 
     Returns:
-        None for a point without attempts.
+        None for a point without attempts, or with none but those of a later version.
     """
     shown = point.shown()
     if shown is None:

@@ -37,6 +37,7 @@ import yaml  # type: ignore[import-untyped]
 from harness.errors import ConfigError
 from harness.machine import Machine, gpu_versions, process_started
 from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.versions import of_a_later_version
 from harness.strict_json import dumps, with_numbers
 
 Status = Literal["pending", "running", "interrupted", "ok", "invalid", "oom", "timeout", "hang", "crashed"]
@@ -250,9 +251,17 @@ class Attempt:
         """The configuration that was run.
 
         Raises:
-            ValueError: config.yaml is missing, damaged or that of a refused point.
+            ValueError: config.yaml is missing, damaged, or that of a refused point or of a later version.
         """
         return RunConfig.model_validate(self.raw_config())
+
+    def later_version(self) -> str:
+        """What config.yaml holds that only a later version knows: `parallel.cp=2 is not known`; empty for any other.
+
+        That of a refused point may hold what no version knows.
+        """
+        is_refused = (read_json(self.status_file) or {}).get("status") == "invalid"
+        return "" if is_refused else of_a_later_version(self.raw_config())
 
     def command(self) -> str:
         """The command that repeats the point; empty when unknown."""
@@ -370,9 +379,9 @@ class Point:
                 return Attempt(path)
 
     def newest_finished(self) -> Attempt | None:
-        """The last attempt that ended by itself, well or not."""
+        """The last attempt that ended by itself, well or not; one of a later version says nothing."""
         for attempt in reversed(self.attempts()):
-            if attempt.status()["status"] not in UNFINISHED:
+            if attempt.status()["status"] not in UNFINISHED and not attempt.later_version():
                 return attempt
         return None
 
@@ -382,13 +391,14 @@ class Point:
         return [
             attempt
             for attempt, status in statuses
-            if status["status"] == "ok" and not is_stale(status.get("environment") or {}, environment)
+            if status["status"] == "ok"
+            and not is_stale(status.get("environment") or {}, environment)
+            and not attempt.later_version()
         ]
 
     def shown(self) -> Attempt | None:
-        """The attempt a report shows: the newest finished one, else the newest; None without any."""
-        attempts = self.attempts()
-        return self.newest_finished() or (attempts[-1] if attempts else None)
+        """The attempt a report shows: the newest finished one, else the newest; None without any it can read."""
+        return self.newest_finished() or next((a for a in reversed(self.attempts()) if not a.later_version()), None)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
 from harness.spec.precision import PRECISIONS
 from harness.spec.schedules import SCHEDULES, Stage
+from harness.spec.versions import later_in
 
 
 def check(config: RunConfig, machine: Machine) -> None:
@@ -37,7 +38,7 @@ def check(config: RunConfig, machine: Machine) -> None:
     check_deepspeed_settings(config.deepspeed)
     check_sweep_name(config.sweep.name)
     if config.train.resume is not None:
-        check_resume(config.train.resume, config.model.model_dump(), config.train.model_dump())
+        check_resume(config.train.resume, config.model.model_dump(), config.train.model_dump(), later_in(config.model))
 
 
 def _check_model(config: RunConfig) -> None:

@@ -1,9 +1,12 @@
 """The typed configuration of a run: one class per section, and every check in one place.
 
 Default values live in conf/, the Hydra groups; this module says what a value means, which type it
-has and which combinations can run. `load_config` turns what Hydra composed into a `RunConfig`
-that never changes afterwards. A mistake raises `ConfigError` with one sentence: what is wrong,
-the values, and what to change.
+has and which combinations can run. A key that comes later has a default here, too: the value under
+which runs are as they were before it came (`harness.spec.versions`). Such a field with its docstring
+is all a key needs; conf/ lists it where readers look for it or new runs are to have another value.
+
+`load_config` turns what Hydra composed into a `RunConfig` that never changes afterwards. A mistake
+raises `ConfigError` with one sentence: what is wrong, the values, and what to change.
 
 No torch here: the launchers answer in well under a second.
 """

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 from harness.checkpoints import fingerprint
 from harness.spec.config import RunConfig
+
+NOT_COMPUTED = ("data", "cluster", "tracking", "launch", "sweep", "comm_bench", "results_dir")
+"""Sections and keys that say where, how and for whom; of data its content counts, of launch the threads."""
 
 
 def identity(config: RunConfig, data_fingerprint: str) -> str:
@@ -15,19 +19,18 @@ def identity(config: RunConfig, data_fingerprint: str) -> str:
     A run that writes checkpoints is another point than one that writes none: it leaves what the other lacks, and
     writing disturbs its steps.
 
+    Keys that have a default in the schema came later than the first points (`harness.spec.versions`), and are left
+    out while they have it: then a point is the one it was before. Sections that come later are in it, unless they are
+    named here.
+
     Args:
         data_fingerprint: hash of the tokens, so that a moved file stays the same data.
     """
-    without_checkpoints = {"checkpoint_interval", "keep_checkpoints"} if config.train.checkpoint_interval == 0 else None
-    train = config.train.model_dump(exclude=without_checkpoints)
+    excluded: dict[str, Any] = dict.fromkeys(NOT_COMPUTED, True) | {"model": {"name"}}
+    if config.train.checkpoint_interval == 0:
+        excluded["train"] = {"checkpoint_interval", "keep_checkpoints"}
+    content = config.model_dump(exclude=excluded, exclude_defaults=True)
+    content |= {"data": data_fingerprint, "threads_per_rank": config.launch.threads_per_rank}
     if config.train.resume is not None:  # a moved checkpoint stays the same, too
-        train["resume"] = fingerprint(config.train.resume)
-    content = {
-        "model": config.model.model_dump(exclude={"name"}),
-        "parallel": config.parallel.model_dump(exclude={"engine"} if config.parallel.engine == "deepspeed" else None),
-        "train": train,
-        "data": data_fingerprint,
-        "deepspeed": config.deepspeed,
-        "threads_per_rank": config.launch.threads_per_rank,
-    }
+        content["train"]["resume"] = fingerprint(config.train.resume)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -30,8 +30,8 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
         ConfigError: the configuration can't be run.
     """
     raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
-    for name in RunConfig.model_fields:
-        if name != "results_dir" and not isinstance(raw.get(name), dict):
+    for name, field in RunConfig.model_fields.items():
+        if name != "results_dir" and field.is_required() and not isinstance(raw.get(name), dict):
             raise ConfigError(f"{name}={raw.get(name)!r} is not a section; give it keys, such as {name}.KEY=VALUE")
     raw["model"] = resolve_model(raw["model"])
     if raw.get("results_dir") is None:
