@@ -167,7 +167,7 @@ def test_a_hang_before_the_work_begins_is_a_hang(tmp_path: Path, launcher: str) 
     assert done.returncode == 1
     assert "hang: no progress for launch.hang_seconds=20; " in done.stderr
     task = launcher.removesuffix(".py")
-    assert re.search(rf"ranks? (0 and )?1 in importing harness\.run\.{task}\b", done.stderr), done.stderr
+    assert re.search(rf"ranks? (0 and )?1 in importing harness\.run\.tasks\.{task}\b", done.stderr), done.stderr
     assert remaining(tmp_path, 1) == []
 
 
