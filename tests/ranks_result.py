@@ -41,15 +41,15 @@ def run(argument: dict[str, Any], folder: Path) -> dict[str, Any]:
     os.environ["XDG_CACHE_HOME"] = "/proc/nowhere"
     len(b"-" * 2**30)  # as building a model may take, before it trains
     initialize_distributed()
-    loop = harness.run.tasks.train.Loop
+    loop = harness.run.loop.Loop
     originals = loop._record, loop.close
-    read_peak = harness.run.tasks.train.peak_memory_bytes
+    read_peak = harness.run.loop.peak_memory_bytes
     for name, overrides in argument["runs"].items():
         loop._record, loop.close = originals
-        harness.run.tasks.train.peak_memory_bytes = read_peak
+        harness.run.loop.peak_memory_bytes = read_peak
         if name == "slow":
             falling = count(2**30, -100 if RANK == 0 else -200)
-            harness.run.tasks.train.peak_memory_bytes = lambda _, falling=falling: next(falling)
+            harness.run.loop.peak_memory_bytes = lambda _, falling=falling: next(falling)
             loop._record = after(loop._record, lambda: time.sleep(argument["slow_seconds"]))
         if name == "drifting":
             drift = argument["drift"]
@@ -92,7 +92,7 @@ def break_all() -> dict[str, Any]:
     broken = {part: getattr(harness.run.result, part) for part in PARTS.split()}
     for part in broken:
         setattr(harness.run.result, part, no_memory)
-    loop = harness.run.tasks.train.Loop
+    loop = harness.run.loop.Loop
     loop.close = after(loop.close, disk_full)
     free_bytes = harness.run.instruments.gemm.free_bytes
 

@@ -320,7 +320,7 @@ COLUMNS = (
         "1 - mean over stages of busy time / T; T from the first forward's start to the last backward's end; median "
         "over steps; moments of different hosts by clocks that are compared at the start and again after 1, 2, 4 ... "
         "and every 64 steps",
-        measured=lambda run: median(record.bubble.fraction for record in run.timed),
+        measured=lambda run: run.bubble.fraction,
         shown=Shown(("bubble %", "measured"), percent),
     ),
     Column(
@@ -333,7 +333,7 @@ COLUMNS = (
         "bubble_overhead_measured",
         "",
         "the same bubble as bubble_fraction_measured, over busy time",
-        measured=lambda run: median(record.bubble.overhead for record in run.timed),
+        measured=lambda run: run.bubble.overhead,
     ),
     Column(
         "peak_memory_bytes",

@@ -10,6 +10,7 @@ from typing import Any
 from harness.machine import Machine
 from harness.record.steps import StepRecord, tokens_per_step
 from harness.record.store import Attempt, is_stale
+from harness.spans.span import Bubble, median_bubble
 from harness.spec.config import RunConfig
 from harness.spec.counts import flops_conventions, training_flops_per_token
 
@@ -71,6 +72,11 @@ class MeasuredRun:
         """Model FLOP/s of one device over another rate; None where either is not known."""
         flops = self.flops_per_second()
         return flops / flops_per_second if flops and flops_per_second else None
+
+    @property
+    def bubble(self) -> Bubble:
+        """The median over the timed steps."""
+        return median_bubble([record.bubble for record in self.timed])
 
     @property
     def eval_loss(self) -> float | None:

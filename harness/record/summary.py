@@ -97,7 +97,7 @@ def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
         f"throughput  {row['tokens_per_second']:,.0f} tokens/s, "
         f"{row['tokens_per_second_per_device']:,.0f} per device{model_flops}",
         f"bubble      {row['bubble_fraction_measured']:z.1%} of the pipeline's time measured, "
-        f"{row['bubble_fraction_ideal']:.1%} ideal for 1F1B",
+        f"{row['bubble_fraction_ideal']:.1%} ideal for {config.parallel.schedule}",
         f"memory      {row['peak_memory_bytes'] / 2**20:,.0f} MiB peak of the largest rank",
         f"loss        {row['first_loss']:.4f} to {row['last_loss']:.4f}",
     ]

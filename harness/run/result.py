@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,9 @@ from harness.record.steps import StepRecord, tokens_per_step
 from harness.record.store import Attempt, write_json
 from harness.record.summary import print_summary
 from harness.run.instruments.gemm import gemm_flops_per_second
+from harness.run.loop import Loop
 from harness.spec.config import RunConfig
 from harness.spec.counts import stage_counts, training_flops_per_token
-
-if TYPE_CHECKING:
-    from harness.run.tasks.train import Loop
 
 T = TypeVar("T")
 

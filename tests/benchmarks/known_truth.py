@@ -242,7 +242,8 @@ def run(argument: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     from harness.run.engines.deepspeed.join import initialize_distributed
     from harness.run.engines.engine import Before, build_engine
     from harness.run.instruments.tracer import HostClock, Tracer
-    from harness.run.tasks.train import Loop, share_corpus
+    from harness.run.loop import Loop
+    from harness.run.tasks.train import share_corpus
     from harness.spans.span import KINDS
 
     if not argument["normal_priority"]:

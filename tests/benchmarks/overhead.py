@@ -71,7 +71,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.heartbeat import HeartbeatObserver
     from harness.run.instruments.tracer import HostClock, Tracer
-    from harness.run.tasks.train import Loop, share_corpus
+    from harness.run.loop import Loop
+    from harness.run.tasks.train import share_corpus
 
     initialize_distributed()
     rank = int(os.environ["RANK"])
