@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from examples import key as example
+from examples.key import Parallel as WithCp
 from helpers import MACHINE, compose_raw, make_config, record_attempt
 from pydantic.fields import FieldInfo
 
@@ -28,6 +28,7 @@ from harness.spec.resolve import load_config
 from harness.spec.versions import later_in, later_keys, of_a_later_version
 
 PUBLISHED = sorted((REPOSITORY / "results/published").glob("**/config.yaml"))
+CP = WithCp.model_fields["cp"]
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def added(section: type[Section], name: str, field: FieldInfo) -> Iterator[None]
 
 @pytest.fixture
 def cp() -> Iterator[None]:
-    with added(Parallel, example.NAME, example.FIELD):
+    with added(Parallel, "cp", CP):
         yield
 
 
@@ -85,9 +86,9 @@ class TestAKeyIsOneField:
             assert RunConfig.model_validate(yaml.safe_load(file.read_text())).parallel.cp == 1  # type: ignore[attr-defined]
 
     def test_it_leaves_no_trace(self) -> None:
-        with added(Parallel, example.NAME, example.FIELD):
+        with added(Parallel, "cp", CP):
             pass
-        assert example.NAME not in Parallel.model_fields
+        assert "cp" not in Parallel.model_fields
         with pytest.raises(ConfigError, match=r"parallel\.cp is not a configuration key"):
             configure("parallel.cp=2")
         assert open_keys(["parallel.cp=2", "deepspeed.a=1"]) == ["parallel.cp=2", "++deepspeed.a=1"]

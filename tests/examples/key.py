@@ -1,6 +1,10 @@
-"""A configuration key that comes later: a field of its section in harness/spec/config.py, with a default."""
+"""A configuration key that comes later: a field with a default, as its section in harness/spec/config.py has it."""
 
-from pydantic.fields import FieldInfo
+from harness.spec import config
 
-NAME = "cp"
-FIELD = FieldInfo(annotation=int, default=1, description="Ranks that share a sequence.")
+
+class Parallel(config.Parallel):
+    """The section, with one key more."""
+
+    cp: int = 1
+    """Ranks that share a sequence."""
