@@ -417,7 +417,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/tasks/train.py",
+        "harness/run/loop.py",
         "tests/test_metrics.py -k slowest_rank",
         True,
         {
@@ -578,13 +578,13 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/tasks/train.py",
+        "harness/run/loop.py",
         "tests/test_metrics.py -k of_torch",
         True,
         {
             "rate_of_the_next_step": (
                 "learning_rate=learning_rate,",
-                "learning_rate=self.training.engine.get_lr()[0],",
+                "learning_rate=self.engine.learning_rate(),",
             ),
             "norm_squared": ("            grad_norm=norm,", "            grad_norm=norm and norm**2,"),
         },

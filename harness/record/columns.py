@@ -310,7 +310,7 @@ COLUMNS = (
     Column(
         "bubble_fraction_ideal",
         "",
-        "(p-1)/(m+p-1): idle share of a pipeline of p equal stages with free transfers (arXiv 2104.04473)",
+        "idle share of a pipeline of p equal stages with free transfers; (p-1)/(m+p-1) with 1F1B (arXiv 2104.04473)",
         layout=lambda config: ideal_bubble_fraction(*_schedule(config)),
         shown=Shown(("bubble %", "ideal"), percent),
     ),

@@ -189,7 +189,7 @@ def legend(rows: Sequence[Row]) -> list[str]:
             "* is stale and has no rank: measured with other versions, hardware or code than asked for last."
         )
     if measured:
-        sentences.append("Bubble: idle share of the pipeline; ideal (p-1)/(m+p-1), p stages, m micro-batches.")
+        sentences.append("Bubble: idle share of the pipeline; ideal: of equal stages with free transfers.")
     return sentences
 
 
