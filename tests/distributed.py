@@ -25,7 +25,8 @@ RANK_VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
     # What most programs would import by themselves; the harness is not among it, as programs patch it.
-    "RANK_IMPORTS": "deepspeed.runtime.pipe.engine hydra psutil pydantic torch._dynamo torch.distributed.checkpoint",
+    "RANK_IMPORTS": "deepspeed.runtime.pipe.engine deepspeed.runtime.zero.muon.muon_optimizer hydra psutil pydantic "
+    "torch.distributed.checkpoint",
 }
 """Environment of every rank, unless a test says otherwise."""
 

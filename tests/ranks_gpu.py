@@ -16,6 +16,7 @@ from helpers import make_config
 from harness.machine import detect_machine
 from harness.record.store import Attempt, read_jsonl
 from harness.run.engines.deepspeed.join import initialize_distributed
+from harness.run.instruments import gemm
 from harness.run.tasks.comm_bench import comm_bench
 from harness.run.tasks.train import train
 from harness.run.tasks.verify import verify
@@ -24,6 +25,7 @@ TASKS = {"train": train, "verify": verify, "comm_bench": comm_bench}
 
 
 def run(argument: list[tuple[str, list[str]]], folder: Path) -> dict[str, Any]:
+    gemm.WINDOW_SECONDS = 0.01  # the rate of a stand-in means nothing
     initialize_distributed()
     rank, results = int(os.environ["RANK"]), []
     host = dist.new_group(backend="gloo")

@@ -90,7 +90,8 @@ def test_the_grid_fits_the_gpus(checkout: Path, num_gpus: int) -> None:
     grid = expand(
         ["sweep=quickstart_gpu"], {"train.micro_batch_size": "2,4,8"}, [p.strip("'") for p in points[1:-1].split(",")]
     )
-    configs = [load_config(Composer().compose(point), gpus) for point in grid]  # none is refused
+    composer = Composer()
+    configs = [load_config(composer.compose(point), gpus) for point in grid]  # none is refused
     assert {(config.parallel.tp, config.parallel.pp) for config in configs} == LAYOUTS[num_gpus]
     assert {config.parallel.world_size for config in configs} == {2 if num_gpus == 3 else num_gpus}
     assert {config.model.name for config in configs} == {"gpt2_small"}

@@ -31,7 +31,6 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
 CPU = torch.device("cpu")
 TOTAL_BYTES = 8 * 2**30
@@ -95,6 +94,17 @@ CROSSING = frozenset(
     """copy_ _foreach_copy_ type_as __getitem__ __setitem__ index_put index_put_
     _has_compatible_shallow_copy_type""".split()
 )
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """What nested lists, tuples and dictionaries hold, in order; torch's own search takes four times as long."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for part in value for tensor in tensors_in(part)]
 
 
 class OnDevices(TorchFunctionMode):
@@ -167,7 +177,7 @@ class OnDevices(TorchFunctionMode):
         return moved
 
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        operands = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
+        operands = tensors_in((args, kwargs))
         device = None
         if kwargs.get("device") is not None:
             device = self.devices.named(kwargs["device"])
@@ -183,8 +193,8 @@ class OnDevices(TorchFunctionMode):
             device = max(known, key=lambda pair: (pair[0] > 0, pair[1].type == "cuda"))[1] if known else None
         if device is not None:
             own = {id(operand) for operand in operands}
-            for value in tree_flatten(result)[0]:
-                if isinstance(value, torch.Tensor) and id(value) not in own and value.layout == torch.strided:
+            for value in tensors_in(result):
+                if id(value) not in own and value.layout == torch.strided:
                     self.devices.place(value, device)
         return result
 
@@ -410,9 +420,8 @@ def _install_distributed() -> None:
     def checked(communicate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(communicate)
         def communicate_checked(*args: Any, **kwargs: Any) -> Any:
-            values = tree_flatten((args, kwargs))[0]
-            group = next((value for value in values if isinstance(value, dist.ProcessGroup)), None)
-            check(group, [value for value in values if isinstance(value, torch.Tensor)])
+            groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
+            check(groups[0] if groups else None, tensors_in((args, kwargs)))
             with torch._C.DisableTorchFunction():  # gloo sees what the tensors are, not where they would be
                 return communicate(*args, **kwargs)
 
