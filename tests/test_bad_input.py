@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 from helpers import MACHINE, record_attempt
-from hydra.core.plugins import Plugins
-from hydra.core.singleton import Singleton
 
 from harness.launch import attempts, report, single, sweep, train
 from harness.launch.points import decide
@@ -25,15 +23,8 @@ from harness.spec.config import REPOSITORY
 Start = Callable[..., int]
 
 
-@pytest.fixture(scope="module")
-def plugins() -> None:
-    """Let Hydra look for plugins again: other tests in this process may have asked it before ours could be found."""
-    sys.path.append(str(REPOSITORY / "launchers"))
-    Singleton._instances.pop(Plugins, None)
-
-
 @pytest.fixture
-def start(plugins: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Call a launcher in an empty folder; ranks are not started, and measure nothing."""
 
     def run_attempt(attempt: Attempt, *_: object, **__: object) -> Outcome:

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from distributed import free_port
 
 from harness.errors import ConfigError
-from harness.launch import rank, train
+from harness.launch import rank, sweep, train, verify
 from harness.machine import process_started
 from harness.record.heartbeat import describe, read_heartbeats
 from harness.record.store import Attempt
@@ -44,6 +45,27 @@ def run(tmp_path: Path) -> Run:
         return subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | environment
         )
+
+    return start
+
+
+MAIN = {"train.py": train.main, "verify.py": verify.main, "sweep.py": sweep.main}
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """As `run`, in this process."""
+    (tmp_path / "taken").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def start(launcher: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [launcher, *arguments])
+        status: Any
+        try:
+            status = MAIN[launcher](list(arguments))
+        except SystemExit as end:
+            status = end.code
+        return subprocess.CompletedProcess(arguments, status or 0, *capsys.readouterr())
 
     return start
 
@@ -72,9 +94,9 @@ def run(tmp_path: Path) -> Run:
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_2(
-    run: Run, tmp_path: Path, launcher: str, arguments: str, sentence: str
+    call: Run, tmp_path: Path, launcher: str, arguments: str, sentence: str
 ) -> None:
-    done = run(launcher, *arguments.split())
+    done = call(launcher, *arguments.split())
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -84,9 +106,16 @@ def test_a_mistake_is_one_sentence_and_exit_2(
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+@pytest.mark.parametrize("launcher", MAIN)
+def test_a_launcher_ends_with_the_status(run: Run, launcher: str) -> None:
+    done = run(launcher, "train.stepz=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: train.stepz is not a configuration key")
+
+
 @pytest.mark.parametrize("launcher", ["train.py", "sweep.py"])
-def test_flags_of_hydra_are_answered(run: Run, tmp_path: Path, launcher: str) -> None:
-    helped, shown = run(launcher, "--help"), run(launcher, "--cfg", "job", "train.steps=77")
+def test_flags_of_hydra_are_answered(run: Run, call: Run, tmp_path: Path, launcher: str) -> None:
+    helped, shown = run(launcher, "--help"), call(launcher, "--cfg", "job", "train.steps=77")
     assert (helped.returncode, shown.returncode) == (0, 0)
     assert "deepspeed --num_gpus N launchers/train.py" in helped.stdout
     assert "steps: 77" in shown.stdout
@@ -94,11 +123,11 @@ def test_flags_of_hydra_are_answered(run: Run, tmp_path: Path, launcher: str) ->
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_a_configuration_folder_of_the_user(run: Run, tmp_path: Path) -> None:
+def test_a_configuration_folder_of_the_user(call: Run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "own.yaml").write_text("defaults: [gpt2_tiny, _self_]\nhidden_size: 24\n")
     for launcher in ("train.py", "sweep.py"):
-        done = run(launcher, "--config-dir", "mine", "model=own", "parallel.tp=3")
+        done = call(launcher, "--config-dir", "mine", "model=own", "parallel.tp=3")
         assert done.returncode == 2
         assert "model.num_attention_heads=8 can't be split over parallel.tp=3" in done.stderr
 
