@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -103,14 +105,24 @@ elif kind == "import":
 """
 
 
+@pytest.fixture(scope="module")
+def fake_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ranks run the script above."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "fake_rank.py").write_text(RANK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        patch.setattr(local, "WORKER", "fake_rank")
+        yield
+
+
 @pytest.fixture
-def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Attempt:
-    """An attempt whose ranks run the script above."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "fake_rank.py").write_text(RANK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
-    monkeypatch.setattr(local, "WORKER", "fake_rank")
-    return SweepDirectory(tmp_path, "runs").point(make_config(), "00000000").new_attempt()
+def attempt(fake_rank: None, tmp_path: Path) -> Attempt:
+    return new_attempt(tmp_path)
+
+
+def new_attempt(folder: Path) -> Attempt:
+    return SweepDirectory(folder, "runs").point(make_config(), "00000000").new_attempt()
 
 
 def run(attempt: Attempt, kind: str, *overrides: str, echo: bool = False) -> Outcome:
@@ -122,6 +134,38 @@ def run(attempt: Attempt, kind: str, *overrides: str, echo: bool = False) -> Out
     assert attempt.status()["reason"] == outcome.reason
     assert running(attempt) == []
     return outcome
+
+
+Ended = dict[str, tuple[Attempt, Outcome]]
+
+
+def run_side_by_side(folder: Path, kinds: dict[str, list[str]]) -> Ended:
+    """A run of each kind, with its overrides: waiting and the imports of `deepspeed` take most of the time."""
+    for overrides in kinds.values():
+        make_config("parallel.dp=2", *overrides)  # Hydra composes in one thread only
+    chosen = {kind: new_attempt(folder / kind) for kind in kinds}
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        runs = {kind: pool.submit(run, chosen[kind], kind, *overrides) for kind, overrides in kinds.items()}
+    return {kind: (chosen[kind], outcome.result()) for kind, outcome in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def failed(fake_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    return run_side_by_side(tmp_path_factory.mktemp("failed"), {"crash": [], "killed": []})
+
+
+@pytest.fixture(scope="module")
+def ended(fake_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """Of the kinds that only slow tests ask for."""
+    hang = ["launch.hang_seconds=2.0"]
+    kinds = {
+        "measured": [],
+        "stubborn": ["launch.timeout_seconds=30.0"],
+        "stuck": hang,
+        "stuck early": hang,
+        "import": [],
+    }
+    return run_side_by_side(tmp_path_factory.mktemp("ended"), kinds)
 
 
 def running(attempt: Attempt) -> list[str]:
@@ -150,15 +194,23 @@ def test_a_result_ends_the_attempt(attempt: Attempt, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_ranks_that_end_after_the_measurement_lose_nothing(attempt: Attempt) -> None:
-    assert run(attempt, "measured") == Outcome("ok")
+def test_ranks_that_end_after_the_measurement_lose_nothing(ended: Ended) -> None:
+    attempt, outcome = ended["measured"]
+    assert outcome == Outcome("ok")
     assert attempt.result() == {"row": {"step_seconds": 1.0}, "missing": ["the rest"]}
     assert not attempt.partial_result_file.exists()
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_what_an_earlier_attempt_left_is_ended(attempt: Attempt, measured: bool) -> None:
+def test_what_an_earlier_attempt_left_is_ended(fake_rank: None, tmp_path: Path) -> None:
     """Its harness and its guard were killed, before or after it had measured; a rank of it goes on."""
+    make_config("parallel.dp=2")
+    attempts = {measured: new_attempt(tmp_path / str(measured)) for measured in (False, True)}
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(check_that_it_is_ended, *case) for case in attempts.items()]:
+            done.result()
+
+
+def check_that_it_is_ended(measured: bool, attempt: Attempt) -> None:
     attempt.write_status("running", environment=environment(MACHINE), guard={"pid": 1, "started": -1})
     gone = {"pid": 1, "pid_started": -1}
     write_json(attempt.status_file, (read_json(attempt.status_file) or {}) | gone)
@@ -173,33 +225,31 @@ def test_what_an_earlier_attempt_left_is_ended(attempt: Attempt, measured: bool)
         left.kill()
 
 
-def test_the_first_real_error_is_the_reason(attempt: Attempt) -> None:
-    assert run(attempt, "crash") == Outcome("crashed", "rank 1: ValueError: the cause")
+def test_the_first_real_error_is_the_reason(failed: Ended) -> None:
+    assert failed["crash"][1] == Outcome("crashed", "rank 1: ValueError: the cause")
 
 
 @pytest.mark.slow
-def test_a_hanging_run_is_given_up_and_nothing_remains(attempt: Attempt) -> None:
-    began = time.monotonic()
-    outcome = run(attempt, "stubborn", "launch.timeout_seconds=30.0")
+def test_a_hanging_run_is_given_up_and_nothing_remains(ended: Ended) -> None:
+    attempt, outcome = ended["stubborn"]
     assert outcome == Outcome("timeout", "no result after launch.timeout_seconds=30; no step was done")
-    assert time.monotonic() - began < 40
+    assert attempt.status_file.stat().st_mtime - attempt.config_file.stat().st_mtime < 40
     for rank in (0, 1):
         assert process_started(int((attempt.path / f"child{rank}").read_text())) is None
 
 
 @pytest.mark.slow
-def test_ranks_that_make_no_progress_are_given_up(attempt: Attempt) -> None:
+def test_ranks_that_make_no_progress_are_given_up(ended: Ended) -> None:
+    attempt, outcome = ended["stuck"]
     stood = "rank 0 in recv_gradient of micro-batch 0, step 3; rank 1 in backward of micro-batch 1, step 3"
-    assert run(attempt, "stuck", "launch.hang_seconds=2.0") == Outcome(
-        "hang", f"no progress for launch.hang_seconds=2; {stood}"
-    )
+    assert outcome == Outcome("hang", f"no progress for launch.hang_seconds=2; {stood}")
     assert attempt.status()["ranks_stood"] == {part[5]: part[7:] for part in stood.split("; ")}
     assert "rank 0 is here" in attempt.status()["log_end"]
 
 
 @pytest.mark.slow
-def test_a_hang_before_the_first_instruction_is_given_up(attempt: Attempt) -> None:
-    assert run(attempt, "stuck early", "launch.hang_seconds=2.0") == Outcome(
+def test_a_hang_before_the_first_instruction_is_given_up(ended: Ended) -> None:
+    assert ended["stuck early"][1] == Outcome(
         "hang", "no progress for launch.hang_seconds=2; rank 0 in joining the other ranks; rank 1 yet to begin"
     )
 
@@ -321,8 +371,8 @@ def test_a_killed_launcher_is_no_success(attempt: Attempt) -> None:
     assert outcome.reason.startswith("deepspeed ended with exit status 0 and without a result; the log ends with 'rank")
 
 
-def test_a_killed_rank_is_named_by_its_signal(attempt: Attempt) -> None:
-    assert run(attempt, "killed") == Outcome("crashed", "a rank was ended by SIGKILL")
+def test_a_killed_rank_is_named_by_its_signal(failed: Ended) -> None:
+    assert failed["killed"][1] == Outcome("crashed", "a rank was ended by SIGKILL")
 
 
 def test_a_signal_to_the_harness_ends_the_tree(attempt: Attempt) -> None:
@@ -364,8 +414,8 @@ run_attempt(attempt, attempt.config(), detect_machine(), echo=False)
 
 
 @pytest.mark.slow
-def test_without_error_files_the_log_is_read(attempt: Attempt) -> None:
-    assert run(attempt, "import") == Outcome("crashed", "ImportError: no module of that name")
+def test_without_error_files_the_log_is_read(ended: Ended) -> None:
+    assert ended["import"][1] == Outcome("crashed", "ImportError: no module of that name")
 
 
 def test_a_taken_port_is_tried_once_more(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
