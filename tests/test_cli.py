@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -304,46 +305,71 @@ def test_the_users_own_deepspeed_run_out_of_memory_is_named(tmp_path: Path) -> N
     assert set(log.splitlines()) <= set((tmp_path / "output.txt").read_text().splitlines())
 
 
+ENDS = [
+    (7003, "", "crashed", "rank 1: ValueError: broken on purpose"),
+    (7004, "", "crashed", "rank 1 ended without a word; (rank 0: RuntimeError: |deepspeed ended the others by)"),
+    (1, "kill rank 0", "crashed", "rank 0 ended without a word; (rank 1: RuntimeError: |deepspeed ended the)"),
+    (7002, "kill rank 0", "crashed", "rank 0 ended without a word; deepspeed ended the others by SIGTERM"),
+    (1, "Ctrl-C", "interrupted", "stopped by SIGINT before it finished"),
+    (7002, "SIGTERM", "interrupted", "stopped by SIGTERM before it finished"),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], UserStarted]:
+    """Runs for all of ENDS, three at a time: imports take most of the time."""
+    runs = {}
+    for batch in (ENDS[:3], ENDS[3:]):
+        for seed, act, *_ in batch:
+            endless = ["train.steps=100000"] if act else []
+            runs[seed, act] = UserStarted(tmp_path_factory.mktemp("run"), seed, *endless)
+        with ThreadPoolExecutor() as pool:
+            for end in [pool.submit(strike_and_end, runs[seed, act], seed, act) for seed, act, *_ in batch]:
+                end.result()
+    return runs
+
+
+def strike_and_end(run: UserStarted, seed: int, act: str) -> None:
+    try:
+        if act:
+            strike(run, seed, act)
+        run.end()
+    finally:
+        run.kill()
+
+
+def strike(run: UserStarted, seed: int, act: str) -> None:
+    """Do something to a run that trains, and wait for its ranks to end."""
+    deadline = time.monotonic() + 400
+    ranks = run.ranks()
+    assert len(ranks) == 2
+    launch = ranks[0].parent()
+    time.sleep(1.0)
+    while seed == 7002 and "rank 1 in forward of micro-batch 0, step 3" not in run.stands():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    if act == "Ctrl-C":
+        os.killpg(run.process.pid, signal.SIGINT)
+    elif act == "SIGTERM":
+        assert launch
+        launch.terminate()
+    else:
+        next(rank for rank in ranks if rank.environ()["RANK"] == act[-1]).kill()
+    deadline = time.monotonic() + 30
+    while any(process_started(rank.pid) for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("seed", "act", "status", "reason"),
-    [
-        (7003, "", "crashed", "rank 1: ValueError: broken on purpose"),
-        (7004, "", "crashed", "rank 1 ended without a word; (rank 0: RuntimeError: |deepspeed ended the others by)"),
-        (1, "kill rank 0", "crashed", "rank 0 ended without a word; (rank 1: RuntimeError: |deepspeed ended the)"),
-        (7002, "kill rank 0", "crashed", "rank 0 ended without a word; deepspeed ended the others by SIGTERM"),
-        (1, "Ctrl-C", "interrupted", "stopped by SIGINT before it finished"),
-        (7002, "SIGTERM", "interrupted", "stopped by SIGTERM before it finished"),
-    ],
-)
+@pytest.mark.parametrize(("seed", "act", "status", "reason"), ENDS)
 def test_how_the_users_own_deepspeed_run_ended(
-    request: pytest.FixtureRequest, tmp_path: Path, seed: int, act: str, status: str, reason: str
+    ended: dict[tuple[int, str], UserStarted], seed: int, act: str, status: str, reason: str
 ) -> None:
-    run = UserStarted(tmp_path, seed, *(["train.steps=100000"] if act else []))
-    request.addfinalizer(run.kill)
-    if act:
-        deadline = time.monotonic() + 400
-        ranks = run.ranks()
-        assert len(ranks) == 2
-        launch = ranks[0].parent()
-        time.sleep(1.0)
-        while seed == 7002 and "rank 1 in forward of micro-batch 0, step 3" not in run.stands():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        if act == "Ctrl-C":
-            os.killpg(run.process.pid, signal.SIGINT)
-        elif act == "SIGTERM":
-            assert launch
-            launch.terminate()
-        else:
-            next(rank for rank in ranks if rank.environ()["RANK"] == act[-1]).kill()
-        deadline = time.monotonic() + 30
-        while any(process_started(rank.pid) for rank in ranks):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    run = ended[seed, act]
     attempt = run.end()
     found = attempt.status()
-    output = (tmp_path / "output.txt").read_text()
+    output = (run.folder / "output.txt").read_text()
     assert (found["status"], bool(re.match(reason, found["reason"]))) == (status, True), output
     assert ("rank 1 says so below Python" in attempt.log_file.read_text()) == (seed == 7003)
 
