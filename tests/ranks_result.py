@@ -49,7 +49,7 @@ def run(argument: dict[str, Any], folder: Path) -> dict[str, Any]:
         harness.run.loop.peak_memory_bytes = read_peak
         if name == "slow":
             falling = count(2**30, -100 if RANK == 0 else -200)
-            harness.run.loop.peak_memory_bytes = lambda _, falling=falling: next(falling)
+            harness.run.loop.peak_memory_bytes = lambda *_, falling=falling: next(falling)
             loop._record = after(loop._record, lambda: time.sleep(argument["slow_seconds"]))
         if name == "drifting":
             drift = argument["drift"]
