@@ -6,6 +6,7 @@ Counts places in harness/ by its syntax trees, beside the most there may be; exi
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,26 +51,54 @@ def _targets(node: ast.AST) -> list[ast.expr]:
     return [node.target] if isinstance(node, ast.AnnAssign | ast.AugAssign) else []
 
 
+PRIVATE_OF_DEEPSPEED = re.compile(
+    r"_INSTRUCTION_MAP|_(train|inference|exec)_schedule|_exec_\w+|_aggregate_total_loss|_hp_\w+|_lazy_init_hp\w+"
+)
+
+
 def rewrites_the_instruction_map(node: ast.AST) -> bool:
-    """`... _INSTRUCTION_MAP = ...`."""
+    """`... _INSTRUCTION_MAP = ...`, `.update(...)` of it, or by `setattr`."""
+    if isinstance(node, ast.Call):
+        called = [*_names(node.func)]
+        return "_INSTRUCTION_MAP" in called or ("setattr" in called and "_INSTRUCTION_MAP" in _names(node))
     return any("_INSTRUCTION_MAP" in _names(target) for target in _targets(node))
+
+
+def names_a_private_thing_of_deepspeed(node: ast.AST) -> bool:
+    """As an attribute or in quotes."""
+    name = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else None
+    return isinstance(name, str) and PRIVATE_OF_DEEPSPEED.fullmatch(name) is not None
 
 
 def counts_micro_batches(node: ast.AST) -> bool:
     """A number of a micro-batch that is counted instead of read from an instruction: `micro_batch = seen[kind]`."""
-    if not any("micro_batch" in name and "micro_batches" not in name for t in _targets(node) for name in _names(t)):
+    targets = [node.target] if isinstance(node, ast.For) else _targets(node)
+    if not any("micro_batch" in name and "micro_batches" not in name for t in targets for name in _names(t)):
         return False
-    value = getattr(node, "value", None)
-    return value is not None and ("next" in _names(value) or "count" in _names(value) or "seen" in _names(value))
+    if isinstance(node, ast.AugAssign):
+        return True
+    value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
+    if value is None:
+        return False
+    counted = {"next", "count", "seen", "enumerate", "len"} & set(_names(value))
+    return bool(counted) or any(isinstance(part, ast.Mod | ast.FloorDiv) for part in ast.walk(value))
 
 
 def compares_families(node: ast.AST) -> bool:
-    """`model.family == ...`, and `in`."""
-    return isinstance(node, ast.Compare) and any("family" in _names(side) for side in (node.left, *node.comparators))
+    """`model.family == ...`, `in`, `match` and `{...}[model.family]`."""
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+    else:
+        sides = (
+            [node.slice] if isinstance(node, ast.Subscript) else [node.subject] if isinstance(node, ast.Match) else []
+        )
+    return any("family" in _names(side) for side in sides)
 
 
 def imports_deepspeed(node: ast.AST) -> bool:
     """Whatever of it."""
+    if isinstance(node, ast.Call) and "import_module" in _names(node.func):
+        return any(name.partition(".")[0] == "deepspeed" for name in _names(node))
     modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
     modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
     return any(module.partition(".")[0] == "deepspeed" for module in modules)
@@ -106,14 +135,19 @@ def table_by_precision(node: ast.AST) -> bool:
 
 
 def modules_that_end_a_run() -> list[str]:
-    """Those that have its pictures drawn, or its mirror written."""
-    found = places(calls("start_pictures")) + places(calls("start_mirror"))
-    return sorted({place.rpartition(":")[0] for place in found})
+    """Those that start the children which draw its pictures and write its mirror."""
+    names = ("start_pictures", "start_mirror", "_start_mirrors", "Finishing")
+    return sorted({place.rpartition(":")[0] for name in names for place in places(calls(name))})
 
 
 def folders_that_import_deepspeed() -> list[str]:
-    """Of all its imports."""
+    """Of all its imports, by name in `import_module` too."""
     return sorted({place.rpartition("/")[0] for place in places(imports_deepspeed)})
+
+
+def folders_that_name_private_things_of_deepspeed() -> list[str]:
+    """Attributes and texts."""
+    return sorted({place.rpartition("/")[0] for place in places(names_a_private_thing_of_deepspeed)})
 
 
 def circles() -> list[str]:
@@ -157,6 +191,7 @@ def counts() -> list[Count]:
         Count("micro-batches counted again", places(counts_micro_batches), 0),
         Count("comparisons of families", places(compares_families, without=TABLE_OF_FAMILIES), 5),
         Count("folders that import deepspeed", folders_that_import_deepspeed(), 1),
+        Count("folders that name private things of it", folders_that_name_private_things_of_deepspeed(), 1),
         Count("modules in circles", circles(), 0),
         Count("modules that orchestrate the end of a run", modules_that_end_a_run(), 1),
         Count("places that arrange ranks as pipelines", places(defines("pipelines")), 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import harness.run.parity as parity
 from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.spec.config import Train
 from harness.spec.parameters import ParameterSpec
+from harness.spec.schedules import Schedule
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 DEFECTS: dict[str, Patch] = {}
@@ -109,6 +111,19 @@ def one_gradient_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
         largest.grad *= 1.001
 
     _replace_instruction(patch, schedule.ReduceGrads, scaled)
+
+
+@defect
+def last_micro_batch_left_out(patch: pytest.MonkeyPatch) -> None:
+    """Its samples are loaded and not computed, by a schedule that all stages agree on."""
+    right = build.take_over
+
+    def without(engine: PipelineEngine, training: Schedule, *others: Any) -> None:
+        last = training.num_micro_batches - 1
+        stages = [[i for i in s if i.kind == "load" or i.micro_batch != last] for s in training.stages]
+        right(engine, replace(training, stages=stages), *others)
+
+    patch.setattr(build, "take_over", without)
 
 
 @defect

@@ -31,6 +31,7 @@ EXPECTED = {
     "tied_copies_not_reduced": (PP2, "AdamW: gradient"),
     "gradient_scaled_by_m": (PP2, "AdamW: gradient"),
     "one_gradient_off_by_a_thousandth": (PP2, "AdamW: gradient"),
+    "last_micro_batch_left_out": (PP2, "AdamW: gradient"),
     "clipping_key_left_out": (PP2, "SGD: update after 3 steps"),
     "clipping_by_one_stage": (PP2, "SGD, clipped: update after 3 steps"),
     "step_taken_twice": (PP2, "SGD: update after 3 steps"),

@@ -53,7 +53,7 @@ def test_a_schedule_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         stages = simulate(schedule, {"forward": 0.01, "backward": 0.02})
         simulated = measured_bubble([[activity(spans)] for spans in stages])
         assert simulated.fraction == pytest.approx(ideal_bubble_fraction("one_by_one", 4, 8))
-    with pytest.raises(ConfigError, match=r"parallel\.schedule=one_by_one is not available; use 1f1b"):
+    with pytest.raises(ConfigError, match=r"parallel\.schedule=one_by_one is not available; use "):
         make_config("parallel.schedule=one_by_one", "parallel.pp=2", "train.seed=1")
 
 
@@ -75,5 +75,5 @@ def test_an_engine_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(5 < loss < 6 for loss in losses)  # log(256) is 5.5
     assert engine.num_tokens == 2 * config.train.global_batch_size * config.train.sequence_length
     assert engine.learning_rate() == config.train.learning_rate
-    with pytest.raises(ConfigError, match=r"parallel\.engine=counting is not available; use one of deepspeed, torch"):
+    with pytest.raises(ConfigError, match=r"parallel\.engine=counting is not available; use one of "):
         make_config("parallel.engine=counting", *SMALL, "train.seed=1")

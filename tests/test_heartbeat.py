@@ -81,7 +81,9 @@ def test_instructions_are_marked(tmp_path: Path, device_kind: str, begun: str, e
     for steps_taken, instruction, where in (
         (0, Instruction("forward", 0), "forward of micro-batch 0, step 1"),
         (0, Instruction("forward", 7), "forward of micro-batch 7, step 1"),
+        (1, Instruction("load", 0), "load of micro-batch 0, step 2"),
         (1, Instruction("optimizer"), "optimizer, step 2"),
+        (2, Instruction("reduce_loss"), "reduce_loss, step 2"),
     ):
         observer.began(instruction)
         assert stands(tmp_path) == f"{begun} {where}"

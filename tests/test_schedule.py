@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
 from deepspeed.runtime.pipe import schedule as deepspeed_schedule
 
+from harness.run.engines.deepspeed.commands import CLASS_OF_KIND, Commands
 from harness.spans.span import KINDS, RECEIVE_OF_SEND
-from harness.spec.schedules import Schedule, build_schedule
+from harness.spec.engines import ENGINES
+from harness.spec.schedules import (
+    SCHEDULES,
+    Instruction,
+    Schedule,
+    ScheduleKind,
+    Stage,
+    build_schedule,
+    fill_and_drain,
+)
 
-CLASS_OF_KIND = {
-    "load": "LoadMicroBatch",
-    "forward": "ForwardPass",
-    "backward": "BackwardPass",
-    "send_activation": "SendActivation",
-    "recv_activation": "RecvActivation",
-    "send_gradient": "SendGrad",
-    "recv_gradient": "RecvGrad",
-    "reduce_tied_gradients": "ReduceTiedGrads",
-    "reduce_gradients": "ReduceGrads",
-    "optimizer": "OptimizerStep",
-}
 SIZES = [
     *[(name, p, m, 1) for name, p, m in product(["gpipe", "1f1b"], [1, 2, 3, 5], [1, 2, 4, 9])],
     *[("interleaved", p, m * p, v) for p, m, v in product([2, 3, 4], [1, 2, 3], [2, 3])],
@@ -30,17 +29,55 @@ SIZES = [
 
 
 @pytest.mark.parametrize("p", range(1, 9))
-def test_1f1b_is_deepspeeds_order(p: int) -> None:
+def test_1f1b_is_deepspeeds_order_with_its_buffers(p: int) -> None:
     for m in range(1, 17):
-        for stage, ours in enumerate(build_schedule("1f1b", p, m).stages):
+        for stage, instructions in enumerate(build_schedule("1f1b", p, m).stages):
             theirs = deepspeed_schedule.TrainSchedule(micro_batches=m, stages=p, stage_id=stage)
-            buffers = theirs.num_pipe_buffers()
-            expected = [(command.name, command.kwargs.get("buffer_id")) for step in theirs for command in step]
-            assert expected == [
-                (CLASS_OF_KIND[i.kind], None if i.micro_batch < 0 else i.micro_batch % buffers)
-                for i in ours
-                if i.kind != "reduce_loss"  # follows DeepSpeed's schedule
+            ours = Commands(instructions)
+            assert ours.num_pipe_buffers() == theirs.num_pipe_buffers()
+            assert [(CLASS_OF_KIND[c.instruction.kind].__name__, c.arguments) for step in ours for c in step] == [
+                (command.name, command.kwargs) for step in theirs for command in step
             ]
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 1, 2, 0, 2], [0, 1, 2, 3, 1, 4, 0, 4, 2, 3], [3, 0, 3, 0]])
+def test_micro_batches_that_are_open_at_once_share_no_buffer(numbers: list[int]) -> None:
+    instructions = [Instruction("load" if k not in numbers[:i] else "backward", k) for i, k in enumerate(numbers)]
+    ours = Commands(instructions)
+    buffer_of = {c.instruction.micro_batch: c.arguments["buffer_id"] for step in ours for c in step}
+    for position in range(len(numbers)):
+        open_now = set(numbers[: position + 1]) & set(numbers[position:])
+        assert len({buffer_of[number] for number in open_now}) == len(open_now)
+        assert max(buffer_of.values()) < ours.num_pipe_buffers()
+
+
+def test_an_engine_says_what_it_executes() -> None:
+    assert set(CLASS_OF_KIND) | {"reduce_loss"} == ENGINES["deepspeed"].kinds == ENGINES["torch"].kinds
+
+
+def test_passes_that_are_left_out_or_done_twice_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets(stage: Stage) -> Iterator[Instruction]:
+        for number in range(stage.num_micro_batches - 1):
+            yield from stage.forward(number)
+            yield from stage.backward(number)
+        yield from stage.load(stage.num_micro_batches - 1)
+
+    def repeats(stage: Stage) -> Iterator[Instruction]:
+        for number in range(stage.num_micro_batches):
+            yield from stage.forward(number)
+            yield from stage.backward(max(0, number - 1))
+
+    for generate, passes in ((forgets, "3 forward passes on stage 0, 3"), (repeats, "4 backward passes on stage 0, 3")):
+        monkeypatch.setitem(SCHEDULES, "wrong", ScheduleKind(generate, fill_and_drain))
+        with pytest.raises(ValueError, match=f"schedule wrong has {passes} of them different, instead of 4"):
+            build_schedule("wrong", 2, 4)
+
+
+def test_a_split_backward_pass_is_known() -> None:
+    assert not build_schedule("1f1b", 2, 2).splits_backward
+    halves = [Instruction(kind, 0) for kind in ("forward", "backward_input", "backward_weight")]
+    assert Schedule("halves", 1, 1, [halves]).splits_backward
+    assert Schedule("halves", 1, 1, [halves]).micro_batches_in_flight == [1]
 
 
 @pytest.mark.parametrize(("name", "p", "m", "v"), SIZES)
@@ -91,7 +128,7 @@ def test_interleaved_begins_as_in_the_paper() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("2f2b", 2, 4), "'2f2b' is not known; use one of gpipe, 1f1b, interleaved"),
+        (("2f2b", 2, 4), "'2f2b' is not known; use one of gpipe, 1f1b"),
         (("1f1b", 0, 4), "at least 1 stage"),
         (("gpipe", 2, 0), "at least 1 stage"),
         (("interleaved", 4, 6, 2), "6 micro-batches are no multiple of 4 stages; use 8 micro-batches"),

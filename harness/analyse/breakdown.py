@@ -17,7 +17,7 @@ from harness.spans.accounting import PARTS, Accounting, account
 from harness.spans.files import SpanFile, aligned, read_spans
 from harness.spans.span import Bubble, activity, as_dict, bubble_of_step, median_bubble
 from harness.spec.config import RunConfig
-from harness.spec.schedules import Schedule, build_schedule
+from harness.spec.schedules import Schedule, schedule_of
 from harness.spec.topology import Topology
 
 WAITING_KINDS = ("reduce_tied_gradients", "optimizer", "reduce_loss")
@@ -43,13 +43,12 @@ class RunSpans:
     @property
     def schedule(self) -> Schedule:
         """What the ranks executed."""
-        return build_schedule(self.config.parallel.schedule, self.config.parallel.pp, self.config.num_micro_batches)
+        return schedule_of(self.config)
 
     @property
     def topology(self) -> Topology:
         """Which rank is which."""
-        parallel = self.config.parallel
-        return Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
+        return self.config.parallel.topology
 
     def lines(self) -> list[list[SpanFile]]:
         """The files of ranks that pass micro-batches to each other, by stage, for each replica and tp rank."""

@@ -91,6 +91,11 @@ def finish(begun: Iterable[Finishing], wandb_seconds: float) -> list[str]:
     ]
 
 
+def replay(paths: Sequence[Path]) -> Finishing:
+    """Begin to mirror attempts that wandb lacks, or a sweep's table."""
+    return Finishing(_start_mirrors(paths))
+
+
 def finish_now(attempt: Attempt, following: Child | None = None) -> None:
     """Finish a single run that has ended, and print what is missing."""
     print_warnings(finish([begin(attempt, following)], attempt.config().tracking.wandb.timeout_seconds))
@@ -107,10 +112,10 @@ def start_mirror(attempt: Attempt) -> Child | None:
 
     Started while the attempt's status is `running`, it follows metrics.jsonl until the status changes.
     """
-    return None if wandb_settings(attempt.raw_config()).mode == "disabled" else start_mirrors([attempt.path])
+    return None if wandb_settings(attempt.raw_config()).mode == "disabled" else _start_mirrors([attempt.path])
 
 
-def start_mirrors(paths: Sequence[Path]) -> Child | None:
+def _start_mirrors(paths: Sequence[Path]) -> Child | None:
     """Mirror attempt and sweep directories, one after the other, in one child process; None when it can't start."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {key: value for key, value in os.environ.items() if key in KEPT_VARIABLES}

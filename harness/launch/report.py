@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.analyse.finish import Finishing, finish, print_warnings, start_mirrors
+from harness.analyse.finish import finish, print_warnings, replay
 from harness.errors import ConfigError
 from harness.record.report import collect, columns_named, left_out, print_columns, print_report, rank, write_report
 from harness.record.store import SweepDirectory
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         warnings.append(f"results.csv and results.md are not written: {error}")
         rows = rank(collect(sweep))
     else:
-        warnings += finish([Finishing(start_mirrors([sweep.path]))], 60) if options.wandb else []
+        warnings += finish([replay([sweep.path])], 60) if options.wandb else []
     console = Console(width=None if sys.stdout.isatty() else 100)
     if wanted is None:
         print_report(rows, console)
@@ -54,4 +54,4 @@ def _mirror_attempts(sweep: SweepDirectory) -> list[str]:
     attempts = [attempt for point in sweep.points() for attempt in point.attempts()]
     ended = [a for a in attempts if a.status()["status"] not in ("pending", "running") and not a.later_version()]
     missing = [attempt.path for attempt in ended if not attempt.wandb_run_id()]
-    return finish([Finishing(start_mirrors(missing))], 60 + 10 * len(missing)) if missing else []
+    return finish([replay(missing)], 60 + 10 * len(missing)) if missing else []

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from harness.analyse.finish import Finishing, begin, finish, follow, print_warnings, start_mirrors
+from harness.analyse.finish import Finishing, begin, finish, follow, print_warnings, replay
 from harness.errors import ConfigError
 from harness.launch import attempts
 from harness.launch.backends import backend_of
@@ -213,11 +213,11 @@ def conclude(sweep: SweepDirectory, runs: Sequence[Run], begun: list[Finishing],
     timeout = wandb.timeout_seconds if wandb else 0.0
     lost = [run.attempt.path for run in runs if run.reused and not run.attempt.wandb_run_id()]
     if wanted and lost:
-        begun = [*begun, Finishing(start_mirrors(lost))]
+        begun = [*begun, replay(lost)]
     warnings = [*finish(begun, timeout), *left_out(sweep)]
     rows = write_report(sweep)
     if wanted:
-        warnings += finish([Finishing(start_mirrors([sweep.path]))], timeout)
+        warnings += finish([replay([sweep.path])], timeout)
     console.print()
     print_report(rows, console)
     folder = Path(os.path.relpath(sweep.path)) if sweep.path.is_relative_to(Path.cwd()) else sweep.path

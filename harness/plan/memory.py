@@ -27,8 +27,7 @@ from typing import Any
 from harness.spec.config import Model, Parallel, RunConfig
 from harness.spec.counts import stage_parameters_per_rank
 from harness.spec.precision import PRECISIONS, PrecisionName
-from harness.spec.schedules import build_schedule
-from harness.spec.topology import Topology
+from harness.spec.schedules import schedule_of
 
 FP32_BYTES = PRECISIONS["fp32"].bytes_per_value
 
@@ -60,7 +59,7 @@ def memory_per_stage(config: RunConfig, layers_per_stage: Sequence[int]) -> list
     """Counted memory of one rank of every stage, in order."""
     parallel, train = config.parallel, config.train
     p, value = len(layers_per_stage), PRECISIONS[train.precision].bytes_per_value
-    in_flight = build_schedule(parallel.schedule, p, config.num_micro_batches).micro_batches_in_flight
+    in_flight = schedule_of(config).micro_batches_in_flight
     stages = []
     for stage, layers in enumerate(layers_per_stage):
         held = stage_parameters_per_rank(config.model, parallel.tp, layers, stage == 0, stage == p - 1)
@@ -88,8 +87,7 @@ def memory_beside_measured(
         peak_bytes: measured, by rank; on CPU all that is resident, so also the interpreter, the libraries and the
             buffers of communication: a few hundred MiB that are not counted.
     """
-    parallel = config.parallel
-    stages = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp).stages()
+    stages = config.parallel.topology.stages()
     measured = "resident memory of the process" if device_kind == "cpu" else "allocated by torch on the device"
     return [
         {

@@ -26,7 +26,7 @@ from harness.record.spread import detect_warmup, drift
 from harness.record.steps import perplexity
 from harness.spec.config import RunConfig
 from harness.spec.counts import parameters
-from harness.spec.schedules import ideal_bubble_fraction, ideal_bubble_overhead
+from harness.spec.schedules import ideal_bubble_fraction_of, ideal_bubble_overhead_of
 
 # --- how repeats combine: functions of the values that a point's measurements have, oldest first
 
@@ -133,10 +133,6 @@ class Column:
 def percentile(share: int) -> Callable[[Sequence[float]], float]:
     """Of values, between which it interpolates."""
     return lambda values: float(numpy.percentile(values, share))
-
-
-def _schedule(config: RunConfig) -> tuple[str, int, int]:
-    return config.parallel.schedule, config.parallel.pp, config.num_micro_batches
 
 
 def _in_tera(flops: float | None) -> float | None:
@@ -311,7 +307,7 @@ COLUMNS = (
         "bubble_fraction_ideal",
         "",
         "idle share of a pipeline of p equal stages with free transfers; (p-1)/(m+p-1) with 1F1B (arXiv 2104.04473)",
-        layout=lambda config: ideal_bubble_fraction(*_schedule(config)),
+        layout=ideal_bubble_fraction_of,
         shown=Shown(("bubble %", "ideal"), percent),
     ),
     Column(
@@ -326,8 +322,8 @@ COLUMNS = (
     Column(
         "bubble_overhead_ideal",
         "",
-        "(p-1)/m: the same bubble as bubble_fraction_ideal, over busy time",
-        layout=lambda config: ideal_bubble_overhead(*_schedule(config)),
+        "the same bubble as bubble_fraction_ideal, over busy time; (p-1)/m with 1F1B",
+        layout=ideal_bubble_overhead_of,
     ),
     Column(
         "bubble_overhead_measured",
@@ -496,6 +492,14 @@ COLUMNS = (
         "each instruction the time from its begin on the device until the host had launched all of it; median over "
         "steps, empty on CPU. Near 1 the host may be the limit, and busy time and bubble say little",
         measured=lambda run: _median_known([record.launch_gap_fraction for record in run.timed]),
+    ),
+    Column(
+        "engine",
+        "",
+        "what trained",
+        layout="parallel.engine",
+        asked=str,
+        shown=Shown(("", "engine"), place=SETTING, only_varying=True),
     ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from harness.spans.accounting import PART_LABELS
 from harness.spans.span import COMPUTE_KINDS, Span
 
 # Forward blue and backward green, as pipelines are drawn since arXiv 2104.04473; waiting stays white.
@@ -19,18 +20,11 @@ FILLS = {
     "reduce_gradients": ("#c9b8dd", "reduce gradients"),
     "optimizer": ("#ecd3a4", "optimizer"),
 }
-PART_FILLS = {
-    "forward": ("#4f7fd0", "forward"),
-    "backward": ("#63b179", "backward"),
-    "recomputation": ("#a8d5b5", "recomputation"),
-    "tp_communication": ("#8a63b1", "TP communication"),
-    "pp_transfer": ("#d0704f", "PP transfer"),
-    "dp_reduction": ("#c9b8dd", "reductions"),
-    "optimizer": ("#ecd3a4", "optimizer"),
-    "data": ("#7f7f7f", "data"),
-    "host_gap": ("#c4c4c4", "host gap"),
-    "pp_wait": ("#f4f4f4", "waiting"),
-}
+PART_COLOURS = {
+    "forward": FILLS["forward"][0], "backward": FILLS["backward"][0], "recomputation": "#a8d5b5",
+    "tp_communication": "#8a63b1", "pp_transfer": "#d0704f", "dp_reduction": FILLS["reduce_gradients"][0],
+    "optimizer": FILLS["optimizer"][0], "data": "#7f7f7f", "host_gap": "#c4c4c4", "pp_wait": "#f4f4f4",
+}  # fmt: skip
 INCHES_WIDE, INCHES_PER_RANK = 12.0, 0.5
 LARGEST_FONT, SMALLEST_FONT = 9.0, 5.0
 
@@ -92,9 +86,10 @@ def accounting_picture(accounting: Sequence[Mapping[str, Any]], path: Path, titl
     axes = figure.add_subplot()
     rows = range(len(accounting))
     ends = [0.0] * len(accounting)
-    for part, (colour, label) in PART_FILLS.items():
+    for part, label in PART_LABELS.items():
         lengths = [stage["seconds"][part] * 1e3 for stage in accounting]
         if any(lengths):
+            colour = PART_COLOURS[part]
             edge = "#999999" if part == "pp_wait" else colour
             axes.barh(rows, lengths, left=ends, height=0.7, color=colour, edgecolor=edge, linewidth=0.5, label=label)
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]

@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -260,8 +261,13 @@ class Attempt:
 
         That of a refused point may hold what no version knows.
         """
-        is_refused = (read_json(self.status_file) or {}).get("status") == "invalid"
-        return "" if is_refused else of_a_later_version(self.raw_config())
+        try:
+            file = self.config_file.stat()
+        except OSError:
+            return ""
+        unknown = _unknown_in(self.config_file, file.st_mtime_ns, file.st_size)
+        is_refused = unknown and (read_json(self.status_file) or {}).get("status") == "invalid"
+        return "" if is_refused else unknown
 
     def command(self) -> str:
         """The command that repeats the point; empty when unknown."""
@@ -319,6 +325,12 @@ class Attempt:
     def wandb_run_id(self) -> str | None:
         """Id of its wandb run; None until that is written."""
         return (read_json(self.wandb_file) or {}).get("run_id")
+
+
+@lru_cache(maxsize=4096)
+def _unknown_in(config_file: Path, modified_ns: int, num_bytes: int) -> str:
+    """What a configuration holds that only a later version knows; looked at once unless the file changes."""
+    return of_a_later_version(read_yaml(config_file) or {})
 
 
 def this_process() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.record.columns import layout_columns
 from harness.record.spread import LARGE_DRIFT
+from harness.spans.accounting import PART_LABELS
 from harness.spec.config import RunConfig
 
 if TYPE_CHECKING:
@@ -46,13 +47,6 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
                 console.print(detail, highlight=False)
     for sentence in result.get("missing", ()):
         console.print(f"missing: {sentence}", markup=False, highlight=False, soft_wrap=True, style="yellow")
-
-
-PART_LABELS = {
-    "forward": "forward", "backward": "backward", "recomputation": "recomputation",
-    "tp_communication": "TP communication", "pp_transfer": "PP transfer", "dp_reduction": "reductions",
-    "optimizer": "optimizer", "data": "data", "host_gap": "host gap", "pp_wait": "waiting",
-}  # fmt: skip
 
 
 def _accounting_table(accounting: list[dict[str, Any]] | None) -> Table | None:

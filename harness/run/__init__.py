@@ -1,1 +1,1 @@
-"""What happens in a rank? Data, engine, tracer and worker; the only place that imports deepspeed."""
+"""What happens in a rank? Tasks, the loop, data, engines and what watches them; torch."""

@@ -45,6 +45,7 @@ from harness.run.engines.engine import Before, Engine, build_engine
 from harness.run.engines.torch.engine import TorchEngine
 from harness.spec.config import Model, RunConfig
 from harness.spec.parameters import parameter_table
+from harness.spec.schedules import Instruction
 
 MOST_REPETITIONS = 64
 """Of a step that overflows in fp16: more often than a loss scale can be halved."""
@@ -161,6 +162,13 @@ class Reference(TorchEngine):
         self.before_clipping: Tensors = {}
         self.observers.append(Before("optimizer", self._look_at_gradients))
 
+    def instructions(self, num_micro_batches: int) -> list[Instruction]:
+        """One micro-batch after the other, whatever the schedule that is judged says."""
+        passes = [
+            Instruction(kind, number) for number in range(num_micro_batches) for kind in ("load", "forward", "backward")
+        ]
+        return [*passes, Instruction("optimizer")]
+
     def backward(self, losses: Tensor) -> None:
         """Sample by sample."""
         named = dict(self.parameters())
@@ -168,8 +176,7 @@ class Reference(TorchEngine):
             for (name, parameter), gradient in zip(
                 named.items(), torch.autograd.grad(loss, tuple(named.values()), retain_graph=True), strict=True
             ):
-                assert parameter.grad is not None
-                parameter.grad += gradient
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 self._squares[name] += float(gradient.square().sum())
 
     def _look_at_gradients(self) -> None:

@@ -25,6 +25,12 @@ PART_OF_KIND = {
 }
 PARTS = (*dict.fromkeys(PART_OF_KIND.values()), "pp_wait", "host_gap")
 """What the step of a rank consists of."""
+PART_LABELS = {
+    "forward": "forward", "backward": "backward", "recomputation": "recomputation",
+    "tp_communication": "TP communication", "pp_transfer": "PP transfer", "dp_reduction": "reductions",
+    "optimizer": "optimizer", "data": "data", "host_gap": "host gap", "pp_wait": "waiting",
+}  # fmt: skip
+"""What people read, in the order in which it is shown."""
 
 
 @dataclass(frozen=True)

@@ -132,10 +132,15 @@ def _check_schedule(config: RunConfig) -> None:
     running = [name for name, kind in SCHEDULES.items() if kind.runs]
     if parallel.schedule not in running:
         raise ConfigError(f"parallel.schedule={parallel.schedule} is not available; use {' or '.join(running)}")
-    try:  # a generator looks at its sizes first
-        next(SCHEDULES[parallel.schedule].generate(Stage(0, parallel.pp, config.num_micro_batches)), None)
+    try:
+        used = {i.kind for i in SCHEDULES[parallel.schedule].generate(Stage(0, parallel.pp, config.num_micro_batches))}
     except ValueError as error:
         raise ConfigError(f"parallel.schedule={parallel.schedule}: {error}") from None
+    if unknown := used - engine_kind(parallel.engine).kinds:
+        raise ConfigError(
+            f"parallel.schedule={parallel.schedule} has {min(unknown)}, which parallel.engine={parallel.engine} can't "
+            "execute; use another schedule or engine"
+        )
 
 
 def _check_training(config: RunConfig, machine: Machine) -> None:

@@ -23,6 +23,7 @@ from pydantic_core import PydanticKnownError
 from harness.spec.architecture import Architecture
 from harness.spec.families import FAMILIES
 from harness.spec.precision import PrecisionName
+from harness.spec.topology import Topology
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -137,9 +138,14 @@ class Parallel(Section):
     """What trains, an entry of `harness.spec.engines`; torch: plain torch on one rank."""
 
     @property
+    def topology(self) -> Topology:
+        """Which rank is which."""
+        return Topology(pp=self.pp, dp=self.dp, tp=self.tp)
+
+    @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tp * self.pp * self.dp
+        return self.topology.world_size
 
 
 class Train(Section):

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from harness.spec.config import RunConfig
 
 
+WHOLE_PASSES = frozenset(
+    """load forward backward send_activation recv_activation send_gradient recv_gradient reduce_tied_gradients
+    reduce_gradients optimizer reduce_loss""".split()
+)
+"""Kinds of instructions whose backward passes are not split."""
+
+
 @dataclass(frozen=True)
 class EngineKind:
     """What is to be known of an engine before it is built."""
@@ -20,6 +27,8 @@ class EngineKind:
     """Has `build`, as `harness.run.engines.engine.Build`."""
     check: Callable[[RunConfig], None]
     """Raises ConfigError for what the engine can't run."""
+    kinds: frozenset[str] = WHOLE_PASSES
+    """Instructions it executes."""
 
 
 def check_deepspeed(config: RunConfig) -> None:

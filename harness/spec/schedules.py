@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harness.spec.config import RunConfig
 
 
 class Instruction(NamedTuple):
@@ -192,7 +195,7 @@ class ScheduleKind:
     ideal_overhead: Callable[[int, int, int], Fraction]
     """Idle over busy time of p equal stages with m micro-batches, v chunks each and free transfers: (p, m, v) -> it."""
     runs: bool = True
-    """Whether engines execute it; else it is for simulations."""
+    """Whether it is offered: parity has shown that it trains as one rank does. Else it is for simulations."""
 
 
 SCHEDULES: dict[str, ScheduleKind] = {
@@ -216,7 +219,7 @@ class Schedule:
     @property
     def splits_backward(self) -> bool:
         """Whether gradients of activations and of weights are computed one after the other (arXiv 2401.10241)."""
-        return any(instruction.kind == "backward_weight" for instruction in self.stages[0])
+        return _splits(self.stages[0])
 
     @cached_property
     def micro_batches_in_flight(self) -> list[int]:
@@ -245,7 +248,48 @@ def build_schedule(name: str, num_stages: int, num_micro_batches: int, num_chunk
     used = 1 + max(instruction.chunk for instruction in stages[0])
     if used != num_chunks:
         raise ValueError(f"schedule {name} runs {used} chunk per stage, not {num_chunks}; use interleaved")
+    for index, instructions in enumerate(stages):
+        _check_passes(name, index, instructions, num_micro_batches * num_chunks)
     return Schedule(name, num_micro_batches, num_chunks, stages)
+
+
+def _check_passes(name: str, stage: int, instructions: list[Instruction], passes: int) -> None:
+    """Refuse a schedule by which a stage leaves out a pass or does one twice.
+
+    Raises:
+        ValueError: it does.
+    """
+    kinds = ("forward", "backward_input", "backward_weight") if _splits(instructions) else ("forward", "backward")
+    for kind in kinds:
+        done = [instruction for instruction in instructions if instruction.kind == kind]
+        if len(done) != passes or len(set(done)) != passes:
+            raise ValueError(
+                f"schedule {name} has {len(done)} {kind} passes on stage {stage}, {len(set(done))} of them different, "
+                f"instead of {passes}: each micro-batch and chunk once"
+            )
+
+
+def _splits(instructions: list[Instruction]) -> bool:
+    return any(instruction.kind == "backward_weight" for instruction in instructions)
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """What the ranks of a run execute."""
+    return build_schedule(*_sizes(config))
+
+
+def ideal_bubble_overhead_of(config: RunConfig) -> float:
+    """Of a run's schedule: idle over busy time with equal stages and free transfers."""
+    return ideal_bubble_overhead(*_sizes(config))
+
+
+def ideal_bubble_fraction_of(config: RunConfig) -> float:
+    """Of a run's schedule: idle share of the pipeline's time with equal stages and free transfers."""
+    return ideal_bubble_fraction(*_sizes(config))
+
+
+def _sizes(config: RunConfig) -> tuple[str, int, int]:
+    return config.parallel.schedule, config.parallel.pp, config.num_micro_batches
 
 
 def schedule_kind(name: str) -> ScheduleKind:
@@ -272,7 +316,7 @@ def ideal_bubble_fraction(name: str, num_stages: int, num_micro_batches: int, nu
 
 def _most_in_flight(instructions: list[Instruction]) -> int:
     """A micro-batch's activations are held from its forward to its last backward pass."""
-    last = "backward_weight" if any(i.kind == "backward_weight" for i in instructions) else "backward"
+    last = "backward_weight" if _splits(instructions) else "backward"
     most = now = 0
     for instruction in instructions:
         now += (instruction.kind == "forward") - (instruction.kind == last)

@@ -2,7 +2,8 @@
 
 An engine holds this rank's part of a model and its optimizer, and executes the instructions of
 `harness.spec.schedules`. Whoever wants to know what happens when, or to act between two instructions, is one of its
-`observers`. Nothing outside an engine's own folder knows what it is made of.
+`observers`. Nothing outside an engine's own folder knows what it is made of. (Ranks are started by `deepspeed`
+whatever the engine, and meet each other by `harness.run.engines.deepspeed.join`.)
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ class HeartbeatObserver(Observer):
 
     def began(self, instruction: Instruction) -> None:
         """Mark the begin."""
-        self._step = self._steps_taken() + 1
+        if instruction.micro_batch >= 0:  # what ends a step may come after the step was counted
+            self._step = self._steps_taken() + 1
         self._mark(self._step, instruction.micro_batch, self._begun, instruction.kind.encode())
 
     def ended(self, instruction: Instruction) -> None:

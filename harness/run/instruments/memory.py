@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ def _cuda() -> Any | None:
 def used_memory_bytes() -> int:
     """In use now."""
     cuda = _cuda()
-    return int(cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss)
+    return int(cuda.memory_allocated() if cuda else this_process().memory_info().rss)
+
+
+@cache
+def this_process() -> psutil.Process:
+    """The handle of this rank."""
+    return psutil.Process()
 
 
 def peak_memory_bytes() -> int:

@@ -22,7 +22,6 @@ from harness.record.store import Attempt, write_json
 from harness.run.instruments.gemm import synchronize
 from harness.run.tasks.train import set_up_device
 from harness.spec.config import RunConfig
-from harness.spec.topology import Topology
 
 ITERATIONS = 4
 """Operations of one sample; roots and directions change, so that none can begin before the last has ended."""
@@ -39,7 +38,7 @@ def comm_bench(attempt: Attempt, config: RunConfig, rank: int) -> None:
     machine = detect_machine()
     device = set_up_device(config, machine)
     parallel = config.parallel
-    topology = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
+    topology = parallel.topology
     phase = Heart(attempt.path, rank).phase
     measurements = []
     for axis, operations in OPERATIONS.items():

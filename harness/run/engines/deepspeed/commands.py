@@ -41,22 +41,19 @@ class Execute(stock.PipeInstruction):  # type: ignore[misc]  # deepspeed has no 
 class Commands:
     """What one stage does, as DeepSpeed takes it: an iterator over lists of commands.
 
-    Args:
-        instructions: of the stage.
-        num_buffers: of activations; a micro-batch has the one of its number modulo this.
+    A micro-batch has one of the engine's buffers from its first instruction to its last, in 1F1B the same one as in
+    DeepSpeed's own schedule.
     """
 
-    def __init__(self, instructions: list[Instruction], num_buffers: int) -> None:
-        self._num_buffers = num_buffers
+    def __init__(self, instructions: list[Instruction]) -> None:
+        executed = [instruction for instruction in instructions if instruction != REDUCE_LOSS]
+        numbers = [instruction.micro_batch for instruction in executed if instruction.micro_batch >= 0]
+        self._num_buffers = max(2, _most_open(numbers))
+        buffers = _buffers(numbers, self._num_buffers)
         self._commands = [
-            Execute(instruction=instruction, arguments=self._arguments(instruction))
-            for instruction in instructions
-            if instruction != REDUCE_LOSS
+            Execute(instruction=i, arguments={} if i.micro_batch < 0 else {"buffer_id": buffers[i.micro_batch]})
+            for i in executed
         ]
-
-    def _arguments(self, instruction: Instruction) -> dict[str, int]:
-        of_step = instruction.micro_batch < 0
-        return {} if of_step else {"buffer_id": instruction.micro_batch % self._num_buffers}
 
     def num_pipe_buffers(self) -> int:
         """How many buffers DeepSpeed is to have."""
@@ -64,6 +61,35 @@ class Commands:
 
     def __iter__(self) -> Iterator[list[Execute]]:
         yield self._commands
+
+
+def _most_open(numbers: list[int]) -> int:
+    """Micro-batches that have begun and not ended, at most.
+
+    Args:
+        numbers: of the micro-batches that instructions work on, in their order.
+    """
+    last = {number: position for position, number in enumerate(numbers)}
+    most, begun = 0, set[int]()
+    for position, number in enumerate(numbers):
+        begun.add(number)
+        most = max(most, len(begun))
+        begun -= {number} if position == last[number] else set()
+    return most
+
+
+def _buffers(numbers: list[int], num_buffers: int) -> dict[int, int]:
+    """Micro-batch -> buffer, which no two that are open at once share; its number modulo theirs where that is free."""
+    last = {number: position for position, number in enumerate(numbers)}
+    found, taken = dict[int, int](), set[int]()
+    for position, number in enumerate(numbers):
+        if number not in found:
+            free = [buffer for buffer in range(num_buffers) if buffer not in taken]
+            found[number] = number % num_buffers if number % num_buffers in free else free[0]
+            taken.add(found[number])
+        if position == last[number]:
+            taken.remove(found[number])
+    return found
 
 
 def take_over(
@@ -79,14 +105,23 @@ def take_over(
         evaluation: what this stage does in an evaluation of so many micro-batches.
     """
     functions = {kind: engine._INSTRUCTION_MAP[command] for kind, command in CLASS_OF_KIND.items()}
+    losses = dict[int, Any]()
+    """Of micro-batches that await their backward pass: the engine has room for one, that of the last forward pass."""
+
+    def act(engine: PipelineEngine, instruction: Instruction, arguments: dict[str, Any]) -> None:
+        if instruction.kind == "backward":
+            engine.loss = losses.pop(instruction.micro_batch)
+        functions[instruction.kind](engine, **arguments)
+        if instruction.kind == "forward" and torch.is_grad_enabled():
+            losses[instruction.micro_batch] = engine.loss
 
     def execute(engine: PipelineEngine, instruction: Instruction, arguments: dict[str, Any]) -> None:
-        observers.execute(instruction, lambda: functions[instruction.kind](engine, **arguments))
+        observers.execute(instruction, lambda: act(engine, instruction, arguments))
 
     aggregate: Callable[[], torch.Tensor] = engine._aggregate_total_loss
     stage = engine.stage_id
-    commands = Commands(training.stages[stage], max(2, training.micro_batches_in_flight[stage]))
+    commands = Commands(training.stages[stage])
     engine._INSTRUCTION_MAP = {Execute: execute}
     engine._train_schedule = lambda: commands
-    engine._inference_schedule = lambda micro_batches: Commands(evaluation(micro_batches), 2)
+    engine._inference_schedule = lambda micro_batches: Commands(evaluation(micro_batches))
     engine._aggregate_total_loss = lambda: observers.execute(REDUCE_LOSS, aggregate)

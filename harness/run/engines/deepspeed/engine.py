@@ -37,7 +37,7 @@ from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
 from harness.spec.partition import layers_per_stage
-from harness.spec.schedules import Stage, build_schedule, forward_only
+from harness.spec.schedules import Stage, forward_only, schedule_of
 from harness.spec.topology import Topology
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -48,7 +48,7 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
     """As `harness.run.engines.engine.build_engine`."""
     phase("building the model")
     parallel = config.parallel
-    topology = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
+    topology = parallel.topology
     tp = build_tensor_parallel(
         topology, rank, config.model.num_key_value_heads, sequence_parallel=parallel.sequence_parallel
     )
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         stage = engine.stage_id
         take_over(
             engine,
-            build_schedule(parallel.schedule, parallel.pp, config.num_micro_batches),
+            schedule_of(config),
             lambda number: list(forward_only(Stage(stage, parallel.pp, number))),
             self.observers,
         )

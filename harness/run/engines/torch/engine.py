@@ -2,7 +2,8 @@
 
 Parity compares every layout with it, in float64; `parallel.engine=torch` trains with it, in fp32. What the layout under
 test takes from the harness is therefore done in another way here: the loss is `F.cross_entropy` over the valid targets
-that are counted in the batch, weight decay goes by the names of parameters, and clipping is torch's.
+that are counted in the batch, weight decay goes by the names of parameters, and clipping is torch's. (The order of a
+step is the schedule's; parity's reference has its own.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.machine import detect_machine
 from harness.model.assembly import build_layers
 from harness.model.dropout import RandomStreams
 from harness.model.emulated import set_stage
@@ -30,13 +32,16 @@ from harness.spec.parameters import parameter_table
 from harness.spec.schedules import Instruction, Stage, build_schedule, forward_only
 from harness.spec.topology import Topology
 
+IDLE = ("reduce_tied_gradients", "reduce_gradients")
+"""What one rank has nobody to do with."""
 DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
 """How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
 
 
 def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase) -> TorchEngine:
     """As `harness.run.engines.engine.build_engine`."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = detect_machine().device_kind == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     peak = config.train.learning_rate
     return TorchEngine(
         config,
@@ -86,7 +91,7 @@ class TorchEngine:
             load_full(named, parameter_table(config.model), weights, self.tp)
         phase("building the engine")
         self.optimizer = self._build_optimizer()
-        self._norm: float | None = None
+        self._norm: Tensor | None = None
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         train, named = self.config.train, dict(self.model.named_parameters())
@@ -114,42 +119,50 @@ class TorchEngine:
     def train_step(self, data: Iterator[MicroBatch]) -> float:
         """Train on the next global batch; its loss."""
         self.model.train()
-        batch = [next(data) for _ in range(self._num_micro_batches)]
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        schedule = build_schedule(self.config.parallel.schedule, 1, len(batch))
-        loss = self._execute(schedule.stages[0], batch)
+        loss = self._execute(self.instructions(self._num_micro_batches), data)
         self.steps_taken += 1
         return loss
+
+    def instructions(self, num_micro_batches: int) -> list[Instruction]:
+        """Of a step: those of the configured schedule for its only stage."""
+        return build_schedule(self.config.parallel.schedule, 1, num_micro_batches).stages[0]
 
     @torch.no_grad()
     def evaluate(self, data: Iterator[MicroBatch], num_micro_batches: int) -> float:
         """Loss of some micro-batches, without learning from them."""
         self.model.eval()
-        return self._execute(list(forward_only(Stage(0, 1, num_micro_batches))), list(data))
+        return self._execute(list(forward_only(Stage(0, 1, num_micro_batches))), data)
 
-    def _execute(self, instructions: list[Instruction], batch: list[MicroBatch]) -> float:
-        """Do what a schedule says; the loss of the batch."""
-        valid = sum(int((targets != IGNORE_INDEX).sum()) for _, (targets, _) in batch)
+    def _execute(self, instructions: list[Instruction], data: Iterator[MicroBatch]) -> float:
+        """Do what a schedule says; the loss of the batch, which the first `load` draws whole, to count its targets."""
+        batch: list[MicroBatch] = []
+        valid = 0
         losses: dict[int, Tensor] = {}  # by micro-batch, [sample]: parts of the batch's loss
-        loss = 0.0
+        total = torch.zeros((), dtype=torch.float64)
 
         def act(kind: str, number: int) -> None:
-            nonlocal loss
+            nonlocal valid, total
             if kind == "load":
+                if not batch:
+                    batch.extend(next(data) for i in instructions if i.kind == "load")
+                    valid = sum(int((targets != IGNORE_INDEX).sum()) for _, (targets, _) in batch)
                 tokens, (targets, weight) = batch[number]
                 batch[number] = tokens.to(self.device), (targets.to(self.device), weight)
             elif kind == "forward":
                 losses[number] = self._forward(number, batch[number]) / valid
-                loss += float(losses[number].sum().detach())
+                total = total.to(self.device) + losses[number].sum().detach()
             elif kind == "backward":
                 self.backward(losses.pop(number))
             elif kind == "optimizer":
                 self._take_step()
+            elif kind == "reduce_loss":
+                total = total.cpu()  # waits for the device
+            elif kind not in IDLE:
+                raise ValueError(f"plain torch has no instruction {kind!r}")
 
         for instruction in instructions:
             self.observers.execute(instruction, partial(act, instruction.kind, instruction.micro_batch))
-        return loss
+        return float(total)
 
     def _forward(self, number: int, micro_batch: MicroBatch) -> Tensor:
         """Sums of token losses, [sample]."""
@@ -171,12 +184,13 @@ class TorchEngine:
 
     def _take_step(self) -> None:
         parameters = list(self.model.parameters())
-        self._norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.train.gradient_clipping > 0:
             torch.nn.utils.clip_grad_norm_(parameters, self.config.train.gradient_clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self._num_scheduled += 1
 
     def learning_rate(self) -> float:
@@ -185,14 +199,14 @@ class TorchEngine:
 
     def gradient_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
-        return self._norm
+        return None if self._norm is None else float(self._norm)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters by name."""
         return self.model.named_parameters()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Copies by name; after the optimizer instruction they are clipped."""
+        """Copies by name, before the optimizer instruction, which forgets them."""
         return {name: p.grad.clone() for name, p in self.parameters() if p.grad is not None}
 
     def optimizer_state(self, key: str) -> dict[str, Tensor]:
