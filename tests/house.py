@@ -76,7 +76,7 @@ def counts_micro_batches(node: ast.AST) -> bool:
     if not any("micro_batch" in name and "micro_batches" not in name for t in targets for name in _names(t)):
         return False
     if isinstance(node, ast.AugAssign):
-        return True
+        return not isinstance(node.target, ast.Subscript)  # which adds to what belongs to one
     value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
     if value is None:
         return False
@@ -86,12 +86,13 @@ def counts_micro_batches(node: ast.AST) -> bool:
 
 def compares_families(node: ast.AST) -> bool:
     """`model.family == ...`, `in`, `match` and `{...}[model.family]`."""
+    sides: list[ast.expr] = []
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
-    else:
-        sides = (
-            [node.slice] if isinstance(node, ast.Subscript) else [node.subject] if isinstance(node, ast.Match) else []
-        )
+    elif isinstance(node, ast.Match):
+        sides = [node.subject]
+    elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+        sides = [node.slice]
     return any("family" in _names(side) for side in sides)
 
 
