@@ -25,7 +25,7 @@ class Bare:
     def start(
         self, attempt: Attempt, config: RunConfig, machine: Machine, task: str, stops: Sequence[int]
     ) -> Iterator[Ranks]:
-        size, command = config.parallel.world_size, [sys.executable, "-m", WORKER, attempt.path.resolve(), task]
+        size, command = config.parallel.world_size, [sys.executable, "-m", WORKER, str(attempt.path.resolve()), task]
         with reserve_port() as port, attempt.log_file.open("ab") as log:
             shared = child_environment(config, machine) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             own = [{"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
