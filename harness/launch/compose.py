@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,8 @@ from harness.spec.versions import later_keys
 
 CONF = REPOSITORY / "conf"
 
+SCALARS = (str, int, float, bool, type(None))
+
 Load = Callable[[list[str]], DictConfig]
 """Overrides -> composed configuration, by any way Hydra has."""
 
@@ -47,12 +49,12 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> dict[str, 
 class Composer:
     """Composes many points: once per distinct set of group choices, which takes Hydra 75 ms each.
 
-    Plain KEY=VALUE overrides are applied to a copy; the result equals `compose`.
+    Plain KEY=VALUE overrides are applied to what that gave, and undone; the result equals `compose`.
     """
 
     def __init__(self, load: Load | None = None) -> None:
         self._load = load or _load
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], tuple[DictConfig, dict[str, Any]]] = {}
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """As the function of the same name."""
@@ -62,11 +64,21 @@ class Composer:
             choices = [override for override in parsed if not _is_value(override)]
             if not all(map(_is_choice, choices)):
                 return plain(self._load(list(overrides)))
-            config = copy.deepcopy(self._base(tuple(str(choice.input_line) for choice in choices)))
-            for override in parsed:
-                if _is_value(override):
-                    self._update(config, override)
-            return plain(config)
+            base, unresolved = self._base(tuple(str(choice.input_line) for choice in choices))
+            values = [override for override in parsed if _is_value(override)]
+            before = {override.key_or_group: _at(unresolved, override.key_or_group) for override in values}
+            if not all(isinstance(value, SCALARS) for value in [*before.values(), *(o.value() for o in values)]):
+                return self._plain_with(copy.deepcopy(base), values)  # takes several times as long
+            try:
+                return self._plain_with(base, values)
+            finally:
+                for key, value in before.items():
+                    OmegaConf.update(base, key, value)
+
+    def _plain_with(self, config: DictConfig, values: Sequence[Override]) -> dict[str, Any]:
+        for override in values:
+            self._update(config, override)
+        return plain(config)
 
     def _update(self, config: DictConfig, override: Override) -> None:
         key = override.key_or_group
@@ -75,9 +87,11 @@ class Composer:
         except (ConfigAttributeError, ConfigKeyError):
             raise ConfigError(_unknown_key(key, self._load)) from None
 
-    def _base(self, choices: tuple[str, ...]) -> DictConfig:
+    def _base(self, choices: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+        """What Hydra composes, and the same in plain containers with its interpolations as they are written."""
         if choices not in self._bases:
-            self._bases[choices] = _without_hydra(self._load(list(choices)))
+            config = _without_hydra(self._load(list(choices)))
+            self._bases[choices] = config, cast("dict[str, Any]", OmegaConf.to_container(config, resolve=False))
         return self._bases[choices]
 
 
@@ -153,7 +167,19 @@ def _without_hydra(config: DictConfig) -> DictConfig:
 
 @lru_cache(maxsize=4096)
 def _parse(override: str) -> Override:
-    return OverridesParser.create().parse_overrides([override])[0]
+    return _parser().parse_overrides([override])[0]
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
+
+
+def _at(tree: Any, key: str) -> Any:
+    """What stands at `section.name`; an empty dict where nothing does."""
+    for part in key.split("."):
+        tree = tree.get(part, {}) if isinstance(tree, dict) else {}
+    return tree
 
 
 def _is_value(override: Override) -> bool:
