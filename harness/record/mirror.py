@@ -24,7 +24,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.record.rows import row
 from harness.record.store import Attempt, SweepDirectory, write_json
 from harness.spec.config import Wandb
 from harness.strict_json import with_numbers
@@ -41,6 +40,8 @@ DEFAULTS = Wandb(mode="offline", project="shardwright", entity=None, timeout_sec
 
 def mirror(attempt: Attempt) -> None:
     """Write the wandb run of an attempt: configuration, history, and the columns of results.csv as its summary."""
+    from harness.record.rows import row  # numpy, which whoever only starts a mirror does without
+
     raw, status, columns = attempt.raw_config(), attempt.status(), row(attempt)
     # The same on every replay, and another one for the same point of another sweep or machine.
     digest = _digest(attempt.sweep.name, status.get("host"), status.get("started"))
