@@ -17,7 +17,7 @@ from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.parity import check_parity
 
 TINY = (
-    "model.num_hidden_layers=6",
+    "model.num_hidden_layers=3",
     "model.hidden_size=32",
     "model.num_attention_heads=4",
     "model.vocab_size=67",

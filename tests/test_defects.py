@@ -46,7 +46,7 @@ EXPECTED = {
 def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Failed comparisons of every defect, from one launch."""
     folder: Path = tmp_path_factory.mktemp("defects")
-    cases = [[name, overrides] for name, (overrides, _) in EXPECTED.items()]
+    cases = [[name, overrides, (kind or "").partition(":")[0]] for name, (overrides, kind) in EXPECTED.items()]
     answer: dict[str, list[str]] = run_ranks(2, "ranks_defects", cases, folder)
     return answer
 

@@ -43,7 +43,9 @@ OPTIONS: dict[str, list[list[str]]] = {
     "clipping": [["train.gradient_clipping=0"], ["train.gradient_clipping=0.3"]],  # norms are about 1
     "dropout": [["model.dropout=0.0"], ["model.dropout=0.2"]],
 }
-LISTED = {1: "[6]", 2: "[2,4]", 4: "[1,2,2,1]"}
+BLOCKS = {1: 3, 2: 3, 4: 5}
+"""By pp: no even share."""
+LISTED = {1: "[3]", 2: "[1,2]", 4: "[1,2,1,1]"}
 MICRO_BATCHES = 4
 
 Row = tuple[tuple[int, int, int], list[str]]
@@ -114,6 +116,7 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
         f"parallel.tp={tp}",
         f"parallel.pp={pp}",
         f"parallel.dp={dp}",
+        f"model.num_hidden_layers={BLOCKS[pp]}",
         f"train.global_batch_size={micro_batch_size * dp * MICRO_BATCHES}",
     ]
 
