@@ -1,4 +1,9 @@
-"""Rebuild the tables of a sweep from its files: `python launchers/report.py results/NAME [--columns A,B] [--wandb]`."""
+"""Rebuild the tables of a sweep from its files: `python launchers/report.py results/NAME [--columns A,B] [--wandb]`.
+
+results/NAME     folder of a sweep or of single runs
+--columns A,B,C  print just these columns of results.csv
+--wandb          write the runs that wandb does not have yet
+"""
 
 import sys
 from pathlib import Path

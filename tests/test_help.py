@@ -47,6 +47,7 @@ def test_the_answer_names_all_there_is(capsys: pytest.CaptureFixture[str]) -> No
         status, text, _ = ask(f"launchers/{launcher}", "model=llama_tiny", "--help", capsys=capsys)
         assert status == 0
         assert f"Usage: {help.launchers()[launcher][1]}\n" in text
+        assert ("\n  --wandb          write the runs" in text) == (launcher == "report.py")
         for name in [*LAUNCHERS, "quickstart.sh", "test.sh", *help.groups()]:
             assert f"\n  {name} " in text
         assert "setup.sh" not in text  # others source it
@@ -65,6 +66,7 @@ def test_a_group_tells_its_keys(topic: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_key_tells_its_values_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     _, text, _ = ask("sweep.py", "--help", "tracking.wandb", "model.jitter", capsys=capsys)
+    assert ask("sweep.py", "--help", "tracking.wandb", "model.jitter", "--cfg", "job", capsys=capsys)[1] == text
     assert "  tracking.wandb.mode=offline  (offline, online, disabled)\n      offline: files" in text
     assert "  model.jitter=0.0\n      With model=emulated: Each wait is longer" in text
 

@@ -17,10 +17,10 @@ from harness.record.store import SweepDirectory
 
 def main(arguments: Sequence[str]) -> int:
     """`report.py results/NAME [--columns A,B,C] [--wandb]`; the exit status."""
-    parser = argparse.ArgumentParser(prog="report.py", description="Rebuild the report of a sweep from its files.")
-    parser.add_argument("sweep", type=Path, metavar="results/NAME", help="folder of a sweep or of single runs")
-    parser.add_argument("--columns", metavar="A,B,C", help="print just these columns of results.csv")
-    parser.add_argument("--wandb", action="store_true", help="write the runs that wandb does not have yet")
+    parser = argparse.ArgumentParser(prog="report.py", add_help=False)  # the launcher's docstring is its help
+    parser.add_argument("sweep", type=Path, metavar="results/NAME")
+    parser.add_argument("--columns", metavar="A,B,C")
+    parser.add_argument("--wandb", action="store_true")
     options = parser.parse_args(arguments)
     folder = options.sweep.resolve()
     if not (folder / "points").is_dir():

@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -34,7 +35,7 @@ OVERVIEW = """\
 Shardwright trains a transformer under one TP x PP x DP layout, or sweeps a grid of them.
 
 Usage: {usage}
-
+{options}
 Launchers:
 {launchers}
 
@@ -77,7 +78,8 @@ def answer_help(command: Sequence[str] | None = None) -> None:
     first = next((i for i, argument in enumerate(arguments) if argument in FLAGS), None)
     if first is None:
         return
-    topics = [topic for topic in arguments[first + 1 :] if not topic.startswith("-") and "=" not in topic]
+    following = takewhile(lambda argument: not argument.startswith("-"), arguments[first + 1 :])
+    topics = [topic for topic in following if "=" not in topic]
     sections = [section(topic) for topic in topics]
     if None in sections:
         _refuse(topics[sections.index(None)])
@@ -97,11 +99,13 @@ def _refuse(topic: str) -> NoReturn:
 def overview(launcher: str) -> str:
     """The short answer: how `launcher` is called, all launchers, all groups, and how to see more."""
     found = launchers()
-    starts = [_entry(name, what, usage) for name, (what, usage) in found.items()]
+    starts = [_entry(name, what, usage) for name, (what, usage, _) in found.items()]
     sections = [_entry(group, _meaning_of(group), ", ".join(choices(group))) for group in groups()]
     others = [line for key in all_keys() if "." not in key.name for line in _shown(key)]
+    _, usage, options = found.get(launcher, ("", "", ""))
     return OVERVIEW.rstrip().format(
-        usage=found[launcher][1] if launcher in found else "",
+        usage=usage,
+        options=textwrap.indent(f"\n{options}\n", "  ") if options else "",
         launchers="\n".join(starts),
         groups="\n".join(sections),
         others="\n".join(others),
@@ -129,16 +133,17 @@ def section(topic: str) -> str | None:
     return "\n".join(lines)
 
 
-def launchers() -> dict[str, tuple[str, str]]:
-    """File name -> what it does, and how it is called, of everything in launchers/ that can be started."""
+def launchers() -> dict[str, tuple[str, str, str]]:
+    """File name -> what it does, how it is called, and its options, of everything in launchers/ that can be started."""
     found = {}
     for file in sorted((REPOSITORY / "launchers").glob("*.*")):
         if file.suffix == ".py":
-            what, _, usage = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0].partition(": `")
-            found[file.name] = (f"{what}.", usage.replace("`", "").rstrip("."))
+            first, _, options = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")
+            what, _, usage = first.partition(": `")
+            found[file.name] = (f"{what}.", usage.replace("`", "").rstrip("."), options)
         elif os.access(file, os.X_OK):
             comment = file.read_text().splitlines()[1].removeprefix("# ")
-            found[file.name] = (comment, f"./launchers/{file.name}")
+            found[file.name] = (comment, f"./launchers/{file.name}", "")
     return found
 
 
