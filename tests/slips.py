@@ -95,6 +95,37 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/run/engines/deepspeed/commands.py",
+        "tests/test_schedule.py",
+        False,
+        {
+            "open_micro_batches_share_a_buffer": ("if buffer not in taken]", "]"),
+            "a_buffer_is_never_free_again": ("            taken.remove(found[number])", "            pass"),
+            "a_buffer_too_few": ("max(2, _most_open(numbers))", "max(2, _most_open(numbers) - 1)"),
+        },
+    ),
+    *slips(
+        "harness/run/engines/deepspeed/commands.py",
+        "tests/test_examples.py",
+        True,
+        {
+            "backward_of_the_last_loss": (
+                "            engine.loss = losses.pop(instruction.micro_batch)",
+                "            losses.pop(instruction.micro_batch)",
+            ),
+        },
+    ),
+    *slips(
+        "harness/analyse/finish.py",
+        "tests/test_finish.py",
+        False,
+        {
+            "each_mirror_has_its_own_limit": ("deadline - time.monotonic())", "limit_seconds)"),
+            "grandchildren_are_left": ("os.killpg(child", "os.kill(child"),
+            "late_pictures_are_whole": ('missing = [f"no pictures within {PICTURES_SECONDS:g} s"]', "missing = []"),
+        },
+    ),
+    *slips(
         "harness/run/engines/deepspeed/clipping.py",
         "tests/test_parity.py::test_parity[2]",
         True,
