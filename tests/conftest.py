@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import servers
+from xdist.scheduler import LoadScopeScheduling
 
 from harness.record.store import read_json
 
@@ -37,14 +40,32 @@ class Run:
         one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         product = subprocess.run([sys.executable, "-c", FLOPS], env=one_thread, capture_output=True, text=True)
         self._gflops = float(product.stdout)
+        self._launches = 0  # of the workers
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker has ended."""
+        self._launches += node.workeroutput.get("launches", 0) if hasattr(node, "workeroutput") else 0
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-        launches = sum(server.num_launches for server in servers().values())
+        launches = self._launches + num_launches()
         terminalreporter.section("machine and launches")
         terminalreporter.line(
             f"{self._gflops:.0f} GFLOP/s in fp32 products of 1024 x 1024 on one thread, when the tests began"
         )
         terminalreporter.line(f"{launches} launches of ranks, {num_attempts(config)} of `deepspeed`")
+
+
+class Worker:
+    """One of the processes of `-n`."""
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Tell `Run`."""
+        session.config.workeroutput["launches"] = num_launches()  # type: ignore[attr-defined]
+
+
+def num_launches() -> int:
+    """Launches of ranks by this process."""
+    return sum(server.num_launches for server in servers().values())
 
 
 def num_attempts(config: pytest.Config) -> int:
@@ -59,5 +80,29 @@ def started(status_file: Path) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.option.collectonly:
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(Worker())
+    elif not config.option.collectonly:
         config.pluginmanager.register(Run())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the long ones first
+
+
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Of the workers' tests: one by one, but those of a file that has fixtures of its own to the same worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if has_fixtures(self.config.rootpath / file) else nodeid
+
+
+@cache
+def has_fixtures(file: Path) -> bool:
+    """Whether a test file makes something once for several tests."""
+    return 'scope="module"' in file.read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return Scheduling(config, log)

@@ -105,7 +105,7 @@ def strike(folder: Path, sweep: subprocess.Popen[str], since: float, part: str, 
 @pytest.mark.slow
 def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> None:
     rng, measured = random.Random(5), dict[Path, bytes]()
-    plan = [*VICTIMS, "sweep", "sweep and guard"] * 4
+    plan = [*VICTIMS, "sweep", "sweep and guard"] * 3
     rng.shuffle(plan)
     for start in itertools.count():
         num_seeds = 1 + start // 6  # the grid grows meanwhile
@@ -177,7 +177,7 @@ def test_two_sweeps_at_once_share_no_port(tmp_path: Path) -> None:
     sweeps = []
     for folder in folders:
         folder.mkdir()
-        sweeps.append(start_sweep(folder, "train.seed=range(0,10)"))
+        sweeps.append(start_sweep(folder, "train.seed=range(0,3)"))
     ports: dict[str, str] = {}
     while any(sweep.poll() is None for sweep in sweeps):
         running: dict[str, str] = {}
@@ -191,7 +191,7 @@ def test_two_sweeps_at_once_share_no_port(tmp_path: Path) -> None:
         ports |= running
         time.sleep(0.1)
     assert [sweep.returncode for sweep in sweeps] == [0, 0]
-    assert len(ports) == 20
+    assert len(ports) == 6
 
 
 def test_ports_are_shared_with_nobody() -> None:
