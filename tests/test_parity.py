@@ -46,7 +46,8 @@ OPTIONS: dict[str, list[list[str]]] = {
 BLOCKS = {1: 3, 2: 3, 4: 5}
 """By pp: no even share."""
 LISTED = {1: "[3]", 2: "[1,2]", 4: "[1,2,1,1]"}
-MICRO_BATCHES = 4
+MICRO_BATCHES = {1: 2, 2: 3, 4: 4}
+"""By pp: enough for the first stage to begin some before, between and after its backward passes."""
 
 Row = tuple[tuple[int, int, int], list[str]]
 
@@ -62,7 +63,7 @@ def all_pairs() -> list[list[Any]]:
 
 
 def plain_rows() -> list[Row]:
-    """tp, pp, dp in {1, 2}, micro-batches of 1 and 2, four micro-batches."""
+    """tp, pp, dp in {1, 2}, micro-batches of 1 and 2."""
     return [
         (layout, overrides_of(layout, [[f"train.micro_batch_size={size}"]], size))
         for layout in product((1, 2), repeat=3)
@@ -117,7 +118,7 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
         f"parallel.pp={pp}",
         f"parallel.dp={dp}",
         f"model.num_hidden_layers={BLOCKS[pp]}",
-        f"train.global_batch_size={micro_batch_size * dp * MICRO_BATCHES}",
+        f"train.global_batch_size={micro_batch_size * dp * MICRO_BATCHES[pp]}",
     ]
 
 

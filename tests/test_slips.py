@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from slips import REPOSITORY, SLIPS, Slip, copied_repository, fault_of
 
-SAMPLE = [slip for slip in SLIPS if not slip.starts_ranks][::9]
+SAMPLE = [slip for slip in SLIPS if not slip.starts_ranks][::12]
 
 
 @pytest.fixture(scope="module")
