@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,22 @@ def test_a_composer_gives_what_compose_gives() -> None:
 def test_points_do_not_touch_each_other() -> None:
     composer = Composer()
     before = composer.compose([])
-    composer.compose(["train.adam_betas=[0.1,0.2]", "cluster.peak_flops.fp32=1.0"])["train"]["steps"] = 0
-    assert composer.compose([]) == before
+    for others in (["train.steps=3"], ["train.steps=${train.seed}"], ["train.adam_betas=[0.1,0.2]", "train.steps=3"]):
+        composer.compose([*others, "cluster.peak_flops.fp32=1.0"])["train"]["seed"] = 0
+        assert composer.compose([]) == before, others
+        with pytest.raises(ConfigError):
+            composer.compose([*others, "train.seed=${nope}"])
+        assert composer.compose([]) == before, others
+
+
+def test_what_interpolates_goes_on_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    file = tmp_path / "conf" / "train" / "default.yaml"
+    file.write_text(re.sub("(?m)^seed: .*$", "seed: ${train.steps}", file.read_text()))
+    monkeypatch.setattr("harness.launch.compose.CONF", tmp_path / "conf")
+    composer = Composer()
+    for overrides, seed in ((["train.seed=5"], 5), (["train.steps=7"], 7), ([], 20)):
+        assert composer.compose(overrides)["train"]["seed"] == seed
 
 
 def test_a_grid_composes_once_per_set_of_choices() -> None:
@@ -77,6 +92,7 @@ def test_any_deepspeed_setting_can_be_named() -> None:
         ("a=[1", "'a=[1' can't be read as an override; write KEY=VALUE, and quote texts with '=' or spaces"),
         ("train.steps=1,2", "train.steps=1,2 names several values; use launchers/sweep.py to run each, "
                             "or train.steps=[1,2] for a list"),
+        ("train.adam_betas.x=3", "invalid literal for int() with base 10: 'x'; correct train.adam_betas.x=3"),
         ("train.steps=${nope}", "train.steps: Interpolation key 'nope' not found; correct its value"),
     ],
 )  # fmt: skip

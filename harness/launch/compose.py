@@ -216,9 +216,9 @@ def one_sentence(overrides: Sequence[str], load: Load | None = None) -> Iterator
             "other; correct them"
         ) from error
     except ValueError as error:
-        if not str(error).startswith("Config group override"):
-            raise
-        raise ConfigError(_not_a_choice(overrides)) from error
+        if str(error).startswith("Config group override"):
+            raise ConfigError(_not_a_choice(overrides)) from error
+        raise ConfigError(f"{_first_line(str(error))}; correct {' '.join(overrides)}") from error
 
 
 def _sentence(error: Exception, load: Load) -> str:
