@@ -42,6 +42,18 @@ def test_every_launcher_answers_without_what_takes_long_to_import(launcher: str)
     assert done.stdout.endswith("\nimported:\n")
 
 
+def test_a_reader_may_stop_reading() -> None:
+    command = f"{sys.executable} {REPOSITORY}/launchers/train.py --help all | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.splitlines()[1:], done.stderr) == (["0"], "")
+
+
+def test_who_only_starts_a_run_imports_no_numbers() -> None:
+    code = f"import sys, harness.launch.train\nprint(*({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert {*done.stdout.split()} <= {"hydra"}, done.stderr
+
+
 def test_the_answer_names_all_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     for launcher in LAUNCHERS:
         status, text, _ = ask(f"launchers/{launcher}", "model=llama_tiny", "--help", capsys=capsys)

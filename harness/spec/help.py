@@ -83,7 +83,11 @@ def answer_help(command: Sequence[str] | None = None) -> None:
     sections = [section(topic) for topic in topics]
     if None in sections:
         _refuse(topics[sections.index(None)])
-    print("\n\n".join(text for text in sections if text) if topics else overview(Path(launcher).name))
+    answer = "\n\n".join(text for text in sections if text) if topics else overview(Path(launcher).name)
+    try:
+        print(answer, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
