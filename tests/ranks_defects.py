@@ -193,6 +193,20 @@ def betas_swapped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "build_optimizer", swapped)
 
 
+@defect
+def copies_differ(patch: pytest.MonkeyPatch) -> None:
+    """A gradient that tensor-parallel ranks hold alike is off on one of them, which is not the first."""
+    right = parity.Layout._read_gradients
+
+    def read(layout: parity.Layout) -> None:
+        right(layout)
+        if layout.rank == 1:
+            name = next(name for name in layout.gradients if "norm" in name)
+            layout.gradients[name] = layout.gradients[name] * (1 + 1e-6)  # far below the tolerance
+
+    patch.setattr(parity.Layout, "_read_gradients", read)
+
+
 def run(argument: list[tuple[str, list[str], str]], folder: Path) -> dict[str, list[str]]:
     """Comparisons that failed: defect -> their kinds; of those of one variant, if one is named."""
     torch.set_num_threads(1)

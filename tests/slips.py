@@ -116,6 +116,29 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/launch/compose.py",
+        "tests/test_compose.py",
+        False,
+        {
+            "values_stay_after_a_point": (
+                "before.items():\n                    OmegaConf.update(base, key, value)",
+                "before.items():\n                    pass",
+            ),
+            "interpolations_are_forgotten": (
+                "to_container(config, resolve=False)",
+                "to_container(config, resolve=True)",
+            ),
+        },
+    ),
+    *slips(
+        "harness/run/parity.py",
+        "tests/test_defects.py -k copies_differ",
+        True,
+        {
+            "copies_are_not_compared": ("not all(torch.equal(s, whole) for s in slices)", "False"),
+        },
+    ),
+    *slips(
         "harness/analyse/finish.py",
         "tests/test_finish.py",
         False,

@@ -39,6 +39,7 @@ EXPECTED = {
     "norms_and_biases_decay": (PP2, "AdamW: update after 2 steps"),
     "learning_rate_a_step_late": (PP2, "AdamW: update after 2 steps"),
     "betas_swapped": (PP2, "AdamW: exp_avg after 2 steps"),
+    "copies_differ": (TP2, "AdamW: gradient"),
 }
 
 
