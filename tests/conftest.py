@@ -42,6 +42,7 @@ class Run:
         self._gflops = float(product.stdout)
         self._launches = 0  # of the workers
 
+    @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """A worker has ended."""
         self._launches += node.workeroutput.get("launches", 0) if hasattr(node, "workeroutput") else 0
@@ -104,5 +105,7 @@ def has_fixtures(file: Path) -> bool:
     return 'scope="module"' in file.read_text()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    config.option.loadscopereorder = False  # by the number of tests
     return Scheduling(config, log)

@@ -96,10 +96,11 @@ def start(launcher: str, *arguments: str, num_gpus: int, cwd: Path) -> subproces
 @pytest.mark.slow
 def test_a_sweep_on_gpus_goes_from_the_command_line_to_its_rows(tmp_path: Path) -> None:
     options = [*SMALL, *FP16, "parallel.dp=fill", "sweep.verify=true", f"results_dir={tmp_path}", "sweep.name=gpus"]
-    done = start("sweep.py", *options, "parallel.tp=1", "tracking.wandb.mode=disabled", num_gpus=2, cwd=tmp_path)
+    done = start("sweep.py", *options, "parallel.tp=1,2", "tracking.wandb.mode=disabled", num_gpus=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader((tmp_path / "gpus" / "results.csv").open()))
-    assert [(row["status"], row["parity"], row["tp"], row["dp"]) for row in rows] == [("ok", "pass", "1", "2")]
+    assert [(row["status"], row["parity"], row["world_size"]) for row in rows] == [("ok", "pass", "2")] * 2
+    assert {(row["tp"], row["dp"]) for row in rows} == {("1", "2"), ("2", "1")}
     status = json.loads(next((tmp_path / "gpus").glob("points/*/attempt-1/status.json")).read_text())
     assert status["environment"]["versions"].keys() >= {"cuda", "nccl", "driver"}
     assert status["environment"]["hardware"]["device_kind"] == "cuda"

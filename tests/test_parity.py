@@ -46,8 +46,8 @@ OPTIONS: dict[str, list[list[str]]] = {
 BLOCKS = {1: 3, 2: 3, 4: 5}
 """By pp: no even share."""
 LISTED = {1: "[3]", 2: "[1,2]", 4: "[1,2,1,1]"}
-MICRO_BATCHES = {1: 2, 2: 3, 4: 4}
-"""By pp: enough for the first stage to begin some before, between and after its backward passes."""
+MICRO_BATCHES = {1: 2, 2: 3, 4: 5}
+"""By pp: the first stage begins one more than it holds at once, between two backward passes."""
 
 Row = tuple[tuple[int, int, int], list[str]]
 
