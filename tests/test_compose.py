@@ -12,7 +12,7 @@ import pytest
 from allpairspy import AllPairs
 
 from harness.errors import ConfigError
-from harness.launch.compose import CONF, Composer, compose
+from harness.launch.compose import CONF, Composer, compose, one_sentence
 from harness.machine import Machine
 from harness.spec.resolve import load_config
 
@@ -92,7 +92,7 @@ def test_any_deepspeed_setting_can_be_named() -> None:
         ("a=[1", "'a=[1' can't be read as an override; write KEY=VALUE, and quote texts with '=' or spaces"),
         ("train.steps=1,2", "train.steps=1,2 names several values; use launchers/sweep.py to run each, "
                             "or train.steps=[1,2] for a list"),
-        ("train.adam_betas.x=3", "invalid literal for int() with base 10: 'x'; correct train.adam_betas.x=3"),
+        ("train.adam_betas.x=3", "train.adam_betas.x names no element of a list; write train.adam_betas=[...]"),
         ("train.steps=${nope}", "train.steps: Interpolation key 'nope' not found; correct its value"),
     ],
 )  # fmt: skip
@@ -105,6 +105,12 @@ def test_mistakes_are_one_sentence(overrides: str, sentence: str) -> None:
             assert message.startswith("sweep=nope is not available; choose one of default, ")
         else:
             assert message == sentence
+
+
+def test_an_error_of_ours_is_no_mistake_of_the_user() -> None:
+    with pytest.raises(ValueError, match="invalid literal") as raised, one_sentence(["train.steps=3", "x=1"]):
+        int("x")
+    assert not isinstance(raised.value, ConfigError)
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"a: 'b", b"\xd2\x00"])

@@ -30,6 +30,7 @@ from harness.spec.versions import later_keys
 CONF = REPOSITORY / "conf"
 
 SCALARS = (str, int, float, bool, type(None))
+"""Types of values that are set in place, and set back."""
 
 Load = Callable[[list[str]], DictConfig]
 """Overrides -> composed configuration, by any way Hydra has."""
@@ -68,7 +69,7 @@ class Composer:
             values = [override for override in parsed if _is_value(override)]
             before = {override.key_or_group: _at(unresolved, override.key_or_group) for override in values}
             if not all(isinstance(value, SCALARS) for value in [*before.values(), *(o.value() for o in values)]):
-                return self._plain_with(copy.deepcopy(base), values)  # takes several times as long
+                return self._plain_with(copy.deepcopy(base), values)  # takes three times as long
             try:
                 return self._plain_with(base, values)
             finally:
@@ -218,7 +219,9 @@ def one_sentence(overrides: Sequence[str], load: Load | None = None) -> Iterator
     except ValueError as error:
         if str(error).startswith("Config group override"):
             raise ConfigError(_not_a_choice(overrides)) from error
-        raise ConfigError(f"{_first_line(str(error))}; correct {' '.join(overrides)}") from error
+        if key := _no_element(overrides, str(error)):
+            raise ConfigError(f"{key} names no element of a list; write {key.rpartition('.')[0]}=[...]") from error
+        raise
 
 
 def _sentence(error: Exception, load: Load) -> str:
@@ -251,6 +254,13 @@ def _not_a_choice(overrides: Sequence[str]) -> str:
         if (CONF / key).is_dir():
             return _no_such_option(f"{key}/{value}", sorted(file.stem for file in (CONF / key).glob("*.yaml")))
     return f"{' '.join(overrides)}: a group takes the name of one of its files"
+
+
+def _no_element(overrides: Sequence[str], message: str) -> str | None:
+    """The key that asks for the element x of a list, if that is what OmegaConf says: `list.x=3`."""
+    match = re.match(r"invalid literal for int\(\) with base 10: '(.*)'$", message)
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    return next((key for key in keys if match and "." in key and key.rpartition(".")[2] == match[1]), None)
 
 
 def _unknown_key(key: str, load: Load) -> str:
