@@ -45,7 +45,7 @@ class Run:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """A worker has ended."""
-        self._launches += node.workeroutput.get("launches", 0) if hasattr(node, "workeroutput") else 0
+        self._launches += getattr(node, "workeroutput", {}).get("launches", 0)  # none if it crashed
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
         launches = self._launches + num_launches()

@@ -38,7 +38,7 @@ def initialize_distributed() -> None:
 
 
 def _import_muon() -> None:
-    """Import an optimizer that ZeRO and bf16 look for, without its compilation: half of the time of all imports."""
+    """Import an optimizer that ZeRO and bf16 look for, without its compilation, which imports torch's compiler."""
     from deepspeed.runtime import compiler
 
     compile = compiler.compile
