@@ -6,7 +6,7 @@ Both engines live in the same processes and take turns step by step, on the same
 The bare one is `train_batch` with nothing of ours around it; the other is the harness as users run it:
 tracer at its default level, heartbeat, metrics, global gradient norm, live line. Compared is the wall time of
 a step, the slowest rank's, as the median of paired ratios: on shared hardware, runs compared with runs differ
-by more than what is measured here.
+by more than what is measured here. On GPUs a step ends when its device is through.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 LAYOUTS = ("parallel.pp=1", "parallel.pp=2")
+"""Of one rank and of two; on GPUs, of as many as there are."""
 
 
 def main() -> None:
@@ -33,16 +34,22 @@ def main() -> None:
     from benchmarks.circumstances import print_circumstances
     from distributed import run_ranks
 
+    from harness.machine import detect_machine
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     print_circumstances()
     print(f"{'layout':<16}{'bare tokens/s':>14}{'harness':>10}{'ratio of tokens/s':>19}{'95 % interval':>18}")
-    for number, layout in enumerate(LAYOUTS, start=1):
+    machine = detect_machine()
+    # What is imported before the ranks are forked must not ask for CUDA.
+    variables = {} if machine.device_kind == "cpu" else {"DS_ACCELERATOR": "cuda", "RANK_IMPORTS": ""}
+    layouts = LAYOUTS if machine.device_kind == "cpu" else LAYOUTS[: machine.num_devices]
+    for number, layout in enumerate(layouts, start=1):
         case = {"overrides": [*arguments.overrides, layout], "pairs": arguments.pairs}
         with tempfile.TemporaryDirectory() as folder:
-            answer = run_ranks(number, "benchmarks.overhead", case, Path(folder))
+            answer = run_ranks(number, "benchmarks.overhead", case, Path(folder), variables=variables)
         low, high = median_interval(answer["ratios"])
         bare, harness = (answer["tokens"] / statistics.median(answer[key]) for key in ("bare", "harness"))
         ratio = statistics.median(answer["ratios"])
@@ -61,6 +68,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: alternate the two engines."""
     import torch
     import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
     from helpers import make_config
 
     from harness.machine import detect_machine
@@ -70,21 +78,23 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from harness.run.engines.deepspeed.join import initialize_distributed
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.heartbeat import HeartbeatObserver
-    from harness.run.instruments.tracer import HostClock, Tracer
+    from harness.run.instruments.tracer import Tracer, build_clock
     from harness.run.loop import Loop
-    from harness.run.tasks.train import share_corpus
+    from harness.run.tasks.train import set_up_device, share_corpus
 
     initialize_distributed()
     rank = int(os.environ["RANK"])
-    config = make_config(*case["overrides"], machine=detect_machine())
-    torch.set_num_threads(config.launch.threads_per_rank)
+    machine = detect_machine()
+    config = make_config(*case["overrides"], machine=machine)
+    device = set_up_device(config, machine)
     samples = CorpusSamples(config, share_corpus(config, rank))
     bare, engine = build_bare(config, rank), build_engine(config, rank)
     attempt = Attempt(folder)
-    tracer = Tracer(HostClock(), nested=config.tracking.trace_level == "collectives")
+    tracer = Tracer(build_clock(machine.device_kind), nested=config.tracking.trace_level == "collectives")
     tracer.attach(engine)
-    engine.observers.append(HeartbeatObserver(Heart(attempt.path, rank), lambda: engine.steps_taken, "cpu"))
-    loop = Loop(attempt, config, rank, engine, tracer, torch.device("cpu"))
+    heart = Heart(attempt.path, rank)
+    engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind))
+    loop = Loop(attempt, config, rank, engine, tracer, device)
     bare_data, data = (micro_batches(config, samples, dp_rank=0) for _ in range(2))
 
     def bare_step(step: int) -> None:
@@ -97,7 +107,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         dist.barrier()
         start = time.perf_counter()
         run(step)
-        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        get_accelerator().synchronize()
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return float(slowest)
 
