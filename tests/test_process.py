@@ -22,7 +22,7 @@ from harness.launch.backends import local
 from harness.launch.backends.local import child_environment, command
 from harness.machine import Machine, process_started
 from harness.record import diagnose
-from harness.record.diagnose import Outcome, Remains, judge, read_remains
+from harness.record.diagnose import Death, Outcome, Remains, judge, read_remains
 from harness.record.heartbeat import DONE, Heart
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
 
@@ -511,12 +511,13 @@ def test_diagnosis(
     (tmp_path / "log.txt").write_text(log)
     silent = sorted({0, 1} - {error["rank"] for error in errors})
     remains = Remains(errors, silent, gone, absent=[])
-    assert judge(Attempt(tmp_path), remains, exit_status=exit_status, oom_killed=oom_killed) == expected
+    death = local.death(exit_status)
+    assert judge(Attempt(tmp_path), remains, exit_status=exit_status, death=death, oom_killed=oom_killed) == expected
 
 
 def test_a_result_outweighs_how_the_processes_ended(tmp_path: Path) -> None:
     write_json(tmp_path / "result.json", {"row": {}})
-    assert judge(Attempt(tmp_path), Remains([LOST], [1], [1], []), exit_status=247) == Outcome("ok")
+    assert judge(Attempt(tmp_path), Remains([LOST], [1], [1], []), death=Death(signal.SIGKILL)) == Outcome("ok")
 
 
 def test_a_rank_that_never_began_is_named(tmp_path: Path) -> None:

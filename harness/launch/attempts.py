@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import signal
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 from harness.launch.backends import backend_of
 from harness.launch.backends.base import Backend, Processes
 from harness.machine import Machine
-from harness.record.diagnose import DEEPSPEED_LINE, Outcome, Remains, judge, read_end, read_remains, record
+from harness.record.diagnose import DEEPSPEED_LINE, Outcome, Remains, judge, read_remains, record
 from harness.record.heartbeat import FOLDER as HEARTBEATS
 from harness.record.heartbeat import Heartbeat, describe, read_heartbeats
 from harness.record.store import Attempt, environment
@@ -32,8 +31,6 @@ START_SECONDS = 60.0
 """For the ranks to begin, beside launch.hang_seconds: the imports of whoever starts them leave no heartbeat."""
 ERROR_SECONDS = 3.0
 """From the first rank's error to the end of all: for the others to report theirs."""
-
-PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 def run_attempt(
@@ -66,7 +63,7 @@ def run_attempt(
                 backend.end_leftovers(earlier.path)
         attempt.write_status("running", environment=environment(machine))
         outcome = _run_once(backend, attempt, config, machine, echo, signals, task)
-        if config.launch.master_port is None and outcome.status == "crashed" and _port_was_taken(attempt):
+        if outcome.status == "crashed" and backend.can_start_again(attempt, config):
             shutil.rmtree(attempt.error_file(0).parent, ignore_errors=True)
             outcome = _run_once(backend, attempt, config, machine, echo, signals, task)
     record(attempt, outcome)
@@ -105,13 +102,15 @@ def _run_once(
         with backend.start(attempt, config, machine, task, received) as processes:
             watch = _Watch(attempt, config.parallel.world_size)
             ended_by_us = _follow(attempt, processes, config, received, tail, watch)
-            exit_status, remains = processes.exit_status(), watch.remains()  # before the rest dies and complains
+            # Before the rest dies and complains.
+            exit_status, death, remains = processes.exit_status(), processes.death(), watch.remains()
     finally:
         if tail:
             tail.print_new()
     if ended_by_us is not None and not attempt.keep_partial_result():
         return ended_by_us
-    return judge(attempt, remains, exit_status=exit_status, oom_killed=processes.out_of_memory())
+    oom_killed = processes.out_of_memory()
+    return judge(attempt, remains, exit_status=exit_status, death=death, oom_killed=oom_killed)
 
 
 def _follow(
@@ -176,11 +175,6 @@ def _timeout_reason(attempt: Attempt, timeout_seconds: float) -> str:
     lines = attempt.metrics_file.read_text().count("\n") if attempt.metrics_file.exists() else 0
     progress = f"{lines} steps were done" if lines else "no step was done"
     return f"no result after launch.timeout_seconds={timeout_seconds:g}; {progress}"
-
-
-def _port_was_taken(attempt: Attempt) -> bool:
-    reports = " ".join(str(error.get("message")) for error in read_remains(attempt, 0).errors)
-    return PORT_TAKEN.search(reports + read_end(attempt.log_file)) is not None
 
 
 class _Tail:

@@ -39,6 +39,15 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Death:
+    """A signal that ended a run."""
+
+    signal: int
+    victim: str | None = None
+    """Whom it ended; None: a rank."""
+
+
+@dataclass(frozen=True)
 class Remains:
     """What the ranks of a run have left so far."""
 
@@ -74,18 +83,26 @@ def read_remains(attempt: Attempt, world_size: int) -> Remains:
     return Remains(errors, sorted(silent), sorted(gone & silent), sorted(absent))
 
 
-def judge(attempt: Attempt, remains: Remains, *, exit_status: int | None = None, oom_killed: bool = False) -> Outcome:
+def judge(
+    attempt: Attempt,
+    remains: Remains,
+    *,
+    exit_status: int | None = None,
+    death: Death | None = None,
+    oom_killed: bool = False,
+) -> Outcome:
     """How an attempt ended; a complete result makes it ok whatever happened later.
 
     Args:
-        exit_status: of the guard, where the harness started the run and it has ended.
+        exit_status: where the harness started the run and it has ended.
+        death: a signal that whoever started the run has heard of.
         oom_killed: the kernel has ended a process for want of memory meanwhile.
     """
     if attempt.keep_partial_result():
         return Outcome("ok")
     return (
         _by_report(remains)
-        or _by_signal(attempt.log_file, remains, exit_status, oom_killed)
+        or _by_signal(attempt.log_file, remains, death, oom_killed)
         or _by_silence(remains, oom_killed)
         or _by_log(attempt.log_file, exit_status)
     )
@@ -100,19 +117,14 @@ def _by_report(remains: Remains) -> Outcome | None:
     return Outcome("oom" if any(error.get("oom") for error in real) else "crashed", _error_reason(real))
 
 
-def _by_signal(log: Path, remains: Remains, exit_status: int | None, oom_killed: bool) -> Outcome | None:
-    """The deadly signal that the exit status of the guard tells of."""
-    # The guard passes the death of deepspeed on as 128 + n, deepspeed that of a rank as 256 - n.
-    if exit_status is None or 0 <= exit_status <= 128:
+def _by_signal(log: Path, remains: Remains, death: Death | None, oom_killed: bool) -> Outcome | None:
+    """The deadly signal that whoever started the run has heard of."""
+    if death is None:
         return None
-    number = -exit_status if exit_status < 0 else exit_status - 128 if exit_status < 192 else 256 - exit_status
-    if number not in set(signal.Signals):
-        return None
-    victim = "the guard" if exit_status < 0 else "the deepspeed launcher" if exit_status < 192 else _victim(remains)
-    reason = f"{victim} was ended by {signal.Signals(number).name}"
-    if number == signal.SIGKILL and oom_killed:
+    reason = f"{death.victim or _victim(remains)} was ended by {signal.Signals(death.signal).name}"
+    if death.signal == signal.SIGKILL and oom_killed:
         return Outcome("oom", f"{reason}: the kernel ran out of memory")
-    if number == signal.SIGABRT and OUT_OF_MEMORY.search(read_end(log)):  # terminate called after std::bad_alloc
+    if death.signal == signal.SIGABRT and OUT_OF_MEMORY.search(read_end(log)):  # terminate called after std::bad_alloc
         return Outcome("oom", f"{reason}: it could not allocate memory")
     return Outcome("crashed", reason)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from harness.launch.backends.base import WORKER
 from harness.launch.backends.local import Slots, child_environment, reserve_port
 from harness.machine import Machine
+from harness.record.diagnose import Death
 from harness.record.store import Attempt
 from harness.spec.config import RunConfig
 
@@ -35,6 +36,9 @@ class Bare:
             finally:
                 ranks.end()
 
+    def can_start_again(self, attempt: Attempt, config: RunConfig) -> bool:
+        return False
+
     def end_leftovers(self, folder: Path) -> None:
         """Nothing would find them."""
 
@@ -46,6 +50,10 @@ class Ranks:
     def exit_status(self) -> int | None:
         statuses = [process.poll() for process in self._processes]
         return None if None in statuses else max(status or 0 for status in statuses)
+
+    def death(self) -> Death | None:
+        deadly = [-status for process in self._processes if (status := process.poll() or 0) < 0]
+        return Death(deadly[0]) if deadly else None
 
     def wait_for_ranks(self) -> None:
         for process in self._processes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from harness.machine import Machine
+from harness.record.diagnose import Death
 from harness.record.store import Attempt
 from harness.spec.config import RunConfig
 
@@ -26,7 +27,10 @@ class Processes(Protocol):
     """The processes of one attempt, from their start to their end."""
 
     def exit_status(self) -> int | None:
-        """That of the whole, 128 + n for signal n; None while it runs."""
+        """That of the whole; None while it runs."""
+
+    def death(self) -> Death | None:
+        """The signal that ended them, where it is known; None while they run."""
 
     def wait_for_ranks(self) -> None:
         """Give the ranks, which have written their result, a moment to end by themselves."""
@@ -71,6 +75,9 @@ class Backend(Protocol):
         Raises:
             OSError: they can't be started.
         """
+
+    def can_start_again(self, attempt: Attempt, config: RunConfig) -> bool:
+        """Whether an attempt crashed of what a second start may not meet, like a port that another program took."""
 
     def end_leftovers(self, folder: Path) -> None:
         """End what still runs of the attempts in a folder, whose starter is gone."""

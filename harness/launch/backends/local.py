@@ -27,7 +27,7 @@ import psutil
 
 from harness.launch.backends.base import GRACE_SECONDS, WORKER
 from harness.machine import Machine, process_started
-from harness.record.diagnose import count_oom_kills
+from harness.record.diagnose import Death, count_oom_kills, read_end, read_remains
 from harness.record.store import Attempt
 from harness.secrets import variables
 from harness.spec.config import REPOSITORY, RunConfig
@@ -37,6 +37,7 @@ FAREWELL_SECONDS = 1.0
 """For ranks to end by themselves once there is a result."""
 PORTS = range(20000, 32768)
 """Below those that the kernel gives to whoever connects."""
+PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 GUARD = Path(__file__).with_name("guard.py")
 MARK = "SHARDWRIGHT_ATTEMPT"
@@ -79,6 +80,13 @@ class Local:
             finally:
                 _end(guard, attempt, stops)
 
+    def can_start_again(self, attempt: Attempt, config: RunConfig) -> bool:
+        """Whether somebody who does not ask `reserve_port` was the first to take its port."""
+        if config.launch.master_port is not None:
+            return False
+        reports = " ".join(str(error.get("message")) for error in read_remains(attempt, 0).errors)
+        return PORT_TAKEN.search(reports + read_end(attempt.log_file)) is not None
+
     def end_leftovers(self, folder: Path) -> None:
         """End the processes that bear the mark of an attempt in a folder."""
         end_marked(folder)
@@ -98,6 +106,10 @@ class Tree:
     def exit_status(self) -> int | None:
         """That of the guard, which passes on that of `deepspeed`."""
         return self._guard.poll()
+
+    def death(self) -> Death | None:
+        """As the exit status tells."""
+        return death(self._guard.poll())
 
     def wait_for_ranks(self) -> None:
         """Ranks are the children of the child of `deepspeed`; it would take seconds to notice their end."""
@@ -154,6 +166,22 @@ def command(attempt: Attempt, config: RunConfig, machine: Machine, port: int, ta
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--log_level", "error"]
     worker = ["--no_local_rank", "--module", WORKER, str(attempt.path.resolve()), task]
     return [*launcher, *slots, "--master_port", str(port), *worker]
+
+
+def death(exit_status: int | None) -> Death | None:
+    """The signal that the exit status of a guard tells of.
+
+    It passes the death of `deepspeed` on as 128 + n, which passes that of a rank on as 256 - n.
+    """
+    if exit_status is None or 0 <= exit_status <= 128:
+        return None
+    if exit_status < 0:
+        found = Death(-exit_status, "the guard")
+    elif exit_status < 192:
+        found = Death(exit_status - 128, "the deepspeed launcher")
+    else:
+        found = Death(256 - exit_status)
+    return found if found.signal in set(signal.Signals) else None
 
 
 def child_environment(config: RunConfig, machine: Machine) -> dict[str, str]:
