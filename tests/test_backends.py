@@ -46,6 +46,7 @@ def test_a_backend_is_one_entry(
     assert attempt.result() == {"row": {"tokens_per_second": 7.0}}
     assert sorted(attempt.log_file.read_text().splitlines()) == [f"rank {rank} of 2 does train" for rank in (0, 1)]
     assert "rank 1 of 2 does train" in capfd.readouterr().out
+    assert attempt.command().startswith("python launchers/train.py launch.backend=bare ")
     assert "bare" not in BACKENDS
     assert train.main(request_of_a_run) == 2
     assert capfd.readouterr().err == REFUSED

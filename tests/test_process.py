@@ -496,7 +496,7 @@ KERNEL = "the kernel ran out of memory"
          Outcome("crashed", "rank 0: ValueError: before that")),
         ([], [], 1, False, "a\nRuntimeError: b\n[2026-01-01 00:00:00,0] [ERROR] [launch.py] c\n\n",
          Outcome("crashed", "RuntimeError: b")),
-        ([], [], 3, False, "", Outcome("crashed", "deepspeed ended with exit status 3 and without a result")),
+        ([], [], 3, False, "", Outcome("crashed", "the run ended with exit status 3 and without a result")),
     ],
 )  # fmt: skip
 def test_diagnosis(

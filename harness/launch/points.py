@@ -240,7 +240,7 @@ def new_attempt(config: RunConfig, sweep: SweepDirectory, identity: str, overrid
     point = sweep.point(config, identity)
     attempt = next(filter(_never_started, point.attempts()), None) or point.new_attempt()
     attempt.write_config(config)
-    write_atomically(attempt.command_file, repeat_command(overrides, config.parallel.world_size) + "\n")
+    write_atomically(attempt.command_file, repeat_command(overrides, config) + "\n")
     attempt.write_status("pending", "it waits for its turn")
     return attempt
 
@@ -250,10 +250,10 @@ def _never_started(attempt: Attempt) -> bool:
     return is_waiting and not attempt.later_version()
 
 
-def repeat_command(overrides: Sequence[str], world_size: int) -> str:
-    """The `deepspeed` command, from the repository root, that runs a point again."""
+def repeat_command(overrides: Sequence[str], config: RunConfig) -> str:
+    """The command, from the repository root, that runs a point again; on this host with the user's `deepspeed`."""
     own = map(_from_root, own_overrides(overrides))
-    return shlex.join(["deepspeed", "--num_gpus", str(world_size), "launchers/train.py", *own])
+    return shlex.join([*backend_of(config).prefix(config), "launchers/train.py", *own])
 
 
 def own_overrides(overrides: Sequence[str]) -> list[str]:

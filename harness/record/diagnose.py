@@ -153,7 +153,7 @@ def _by_log(log: Path, exit_status: int | None) -> Outcome:
         return Outcome("oom", words)
     if ERROR_LINE.match(words):
         return Outcome("crashed", words)
-    ended = f"deepspeed ended with exit status {exit_status}" if exit_status is not None else "a rank failed"
+    ended = f"the run ended with exit status {exit_status}" if exit_status is not None else "a rank failed"
     return Outcome("crashed", f"{ended} and without a result{f'; the log ends with {words!r}' if words else ''}")
 
 

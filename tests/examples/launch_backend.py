@@ -36,6 +36,9 @@ class Bare:
             finally:
                 ranks.end()
 
+    def prefix(self, config: RunConfig) -> list[str]:
+        return ["python"]
+
     def can_start_again(self, attempt: Attempt, config: RunConfig) -> bool:
         return False
 
@@ -49,7 +52,7 @@ class Ranks:
 
     def exit_status(self) -> int | None:
         statuses = [process.poll() for process in self._processes]
-        return None if None in statuses else max(status or 0 for status in statuses)
+        return None if None in statuses else max(abs(status or 0) for status in statuses)
 
     def death(self) -> Death | None:
         deadly = [-status for process in self._processes if (status := process.poll() or 0) < 0]

@@ -30,7 +30,7 @@ class Processes(Protocol):
         """That of the whole; None while it runs."""
 
     def death(self) -> Death | None:
-        """The signal that ended them, where it is known; None while they run."""
+        """The signal that ended one of them, the first as far as is known."""
 
     def wait_for_ranks(self) -> None:
         """Give the ranks, which have written their result, a moment to end by themselves."""
@@ -75,6 +75,9 @@ class Backend(Protocol):
         Raises:
             OSError: they can't be started.
         """
+
+    def prefix(self, config: RunConfig) -> Sequence[str]:
+        """What stands before `launchers/train.py` in the command that runs a point again."""
 
     def can_start_again(self, attempt: Attempt, config: RunConfig) -> bool:
         """Whether an attempt crashed of what a second start may not meet, like a port that another program took."""

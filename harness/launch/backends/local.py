@@ -80,6 +80,10 @@ class Local:
             finally:
                 _end(guard, attempt, stops)
 
+    def prefix(self, config: RunConfig) -> Sequence[str]:
+        """The user's own `deepspeed`, which every rank of this host can be started with."""
+        return ["deepspeed", "--num_gpus", str(config.parallel.world_size)]
+
     def can_start_again(self, attempt: Attempt, config: RunConfig) -> bool:
         """Whether somebody who does not ask `reserve_port` was the first to take its port."""
         if config.launch.master_port is not None:
