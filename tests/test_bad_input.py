@@ -210,6 +210,9 @@ def fold(file: str) -> Callable[[Attempt], None]:
     return strike
 
 
+NO_NUMBER = "result.json is damaged: its row holds what is no number"
+
+
 @pytest.mark.parametrize(
     ("strike", "status", "reason"),
     [
@@ -219,6 +222,9 @@ def fold(file: str) -> Callable[[Attempt], None]:
         (damage("result.json", b"[1, 2]"), "crashed", "result.json is missing or damaged"),
         (damage("result.json", b"\xff\xfe\x00"), "crashed", "result.json is missing or damaged"),
         (damage("result.json", b'{"row": 3}'), "ok", ""),
+        (damage("result.json", b'{"row": {"mfu": "abc"}}'), "crashed", NO_NUMBER),
+        (damage("result.json", b'{"row": {"last_loss": {}}}'), "crashed", NO_NUMBER),
+        (damage("result.json", b'{"row": {"step_seconds": 1.0, "tokens_per_second": null}}'), "ok", ""),
         (fold("result.json"), "crashed", "result.json is missing or damaged"),
         (damage("status.json", None), "interrupted", "status.json is missing or damaged"),
         (damage("status.json", b"{"), "interrupted", "status.json is missing or damaged"),
@@ -249,6 +255,16 @@ def test_a_damaged_file_is_one_row_and_costs_no_other(
     (other,) = rows.values()
     assert other["status"] == "ok"
     assert other["rank"]
+
+
+def test_a_row_of_an_unknown_layout_has_no_rank(tmp_path: Path) -> None:
+    directory = SweepDirectory(tmp_path, "grid")
+    damaged = record_attempt(directory)
+    damage("config.yaml", b"parallel: [1")(damaged)
+    (row,) = report.write_report(directory)
+    assert row["rank"] == ""
+    sentence = f"{damaged.point.name} has no rank: its config.yaml is missing or damaged."
+    assert sentence in (directory.path / "results.md").read_text()
 
 
 @pytest.mark.parametrize("as_far_as", ["result.json", "result.partial.json"])

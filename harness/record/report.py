@@ -57,10 +57,15 @@ def left_out(sweep: SweepDirectory) -> list[str]:
     ]
 
 
+RATES = ("tokens_per_second", "tokens_per_second_per_device")
+"""Columns that rows are ranked by."""
+
+
 def is_ranked(row: Row) -> bool:
     """Whether a row's times compare with those of others."""
     sound = row["status"] == "ok" and is_sound(row)
-    return sound and not row["oversubscribed"] and not row["stale"] and bool(row["step_seconds"])
+    known = all(row[name] for name in ("world_size", "step_seconds", *RATES))
+    return known and sound and not row["oversubscribed"] and not row["stale"]
 
 
 def ranking_column(rows: Iterable[Row]) -> str:
@@ -171,6 +176,11 @@ def legend(rows: Sequence[Row]) -> list[str]:
     if any(row["rank"].endswith("=") for row in ranked):
         sentences.append("= is a tie: the p10-p90 range of step times overlaps with one above of the same rank.")
     sentences += [f"{layout(row)} has no rank: {row['reason']}." for row in measured if not is_sound(row)]
+    sentences += [
+        f"{row['point']} has no rank: its config.yaml is missing or damaged."
+        for row in measured
+        if row["world_size"] is None
+    ]
     if any(row["oversubscribed"] for row in measured):
         sentences.append(
             "- has no rank: more ranks x threads than cores, so its times compare with nothing but themselves."

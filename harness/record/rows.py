@@ -15,6 +15,7 @@ from harness.spec.config import RunConfig
 
 Row = dict[str, Any]
 """Name of a column -> value; None for what is not known."""
+_NUMBER = (int, float, type(None))
 
 
 def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> Row:
@@ -37,7 +38,11 @@ def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> Row:
         if "row" not in result:
             found |= _before_the_end(attempt, config, machine)
     measured = result.get("row")
-    return found | {key: measured[key] for key in found if isinstance(measured, dict) and key in measured}
+    measured = measured if isinstance(measured, Mapping) else {}
+    values = [measured.get(column.name) for column in columns.COLUMNS if column.measured]
+    if not all(isinstance(value, _NUMBER) for value in values):
+        return found | {"status": "crashed", "reason": "result.json is damaged: its row holds what is no number"}
+    return found | {key: measured[key] for key in found if key in measured}
 
 
 def _before_the_end(attempt: Attempt, config: RunConfig, machine: Machine | None) -> Row:
