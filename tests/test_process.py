@@ -368,7 +368,7 @@ def test_a_killed_launcher_is_no_success(attempt: Attempt) -> None:
     killer.join()
     assert outcome.status == "crashed"
     assert outcome.reason is not None
-    assert outcome.reason.startswith("deepspeed ended with exit status 0 and without a result; the log ends with 'rank")
+    assert outcome.reason.startswith("the run ended with exit status 0 and without a result; the log ends with 'rank")
 
 
 def test_a_killed_rank_is_named_by_its_signal(failed: Ended) -> None:
