@@ -188,7 +188,7 @@ class Count:
 def counts() -> list[Count]:
     """All of them."""
     return [
-        Count("rewrites of the engine's instruction map", places(rewrites_the_instruction_map), 1),
+        Count("rewrites of the engine's instruction map", places(rewrites_the_instruction_map), 0),
         Count("micro-batches counted again", places(counts_micro_batches), 0),
         Count("comparisons of families", places(compares_families, without=TABLE_OF_FAMILIES), 5),
         Count("folders that import deepspeed", folders_that_import_deepspeed(), 1),

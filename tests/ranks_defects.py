@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from helpers import make_config
 from ranks_parity import TINY
@@ -19,12 +19,16 @@ from torch import Tensor
 import harness.model.layers as layers
 import harness.model.weights as weights
 import harness.run.engines.deepspeed.engine as build
+import harness.run.engines.deepspeed.scheduled as scheduled
+import harness.run.engines.deepspeed.transfers as transfers
 import harness.run.optimizer as optimizer_module
 import harness.run.parity as parity
+from harness.model.weight_gradients import Compute
 from harness.run.engines.deepspeed.join import initialize_distributed
-from harness.spec.config import Train
+from harness.spec.config import RunConfig, Train
 from harness.spec.parameters import ParameterSpec
-from harness.spec.schedules import Schedule
+from harness.spec.placement import Placement
+from harness.spec.schedules import Instruction, Schedule
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 DEFECTS: dict[str, Patch] = {}
@@ -80,50 +84,91 @@ def sum_of_slices_skips_the_other_ranks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layers, "scatter_sum", lambda part, group: part.chunk(group.size, dim=1)[group.process_group.rank()])
 
 
-def _replace_instruction(patch: pytest.MonkeyPatch, instruction: type, execute: Callable[..., None]) -> None:
-    patch.setattr(PipelineEngine, "_INSTRUCTION_MAP", {**PipelineEngine._INSTRUCTION_MAP, instruction: execute})
-
-
 @defect
 def tied_copies_not_reduced(patch: pytest.MonkeyPatch) -> None:
-    _replace_instruction(patch, schedule.ReduceTiedGrads, lambda engine: None)
+    patch.setattr(PipelineEngine, "_exec_reduce_tied_grads", lambda engine: None)
 
 
 @defect
 def gradient_scaled_by_m(patch: pytest.MonkeyPatch) -> None:
-    right = PipelineEngine._INSTRUCTION_MAP[schedule.ReduceGrads]
+    right = PipelineEngine._exec_reduce_grads
 
     def scaled(engine: PipelineEngine) -> None:
         right(engine)
         for parameter in engine.module.parameters():
             parameter.grad *= engine.micro_batches
 
-    _replace_instruction(patch, schedule.ReduceGrads, scaled)
+    patch.setattr(PipelineEngine, "_exec_reduce_grads", scaled)
 
 
 @defect
 def one_gradient_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
-    right = PipelineEngine._INSTRUCTION_MAP[schedule.ReduceGrads]
+    right = PipelineEngine._exec_reduce_grads
 
     def scaled(engine: PipelineEngine) -> None:
         right(engine)
         largest = max(engine.module.parameters(), key=lambda parameter: float(parameter.grad.norm()))
         largest.grad *= 1.001
 
-    _replace_instruction(patch, schedule.ReduceGrads, scaled)
+    patch.setattr(PipelineEngine, "_exec_reduce_grads", scaled)
 
 
 @defect
 def last_micro_batch_left_out(patch: pytest.MonkeyPatch) -> None:
     """Its samples are loaded and not computed, by a schedule that all stages agree on."""
-    right = build.take_over
+    right = build.schedule_of
 
-    def without(engine: PipelineEngine, training: Schedule, *others: Any) -> None:
-        last = training.num_micro_batches - 1
-        stages = [[i for i in s if i.kind == "load" or i.micro_batch != last] for s in training.stages]
-        right(engine, replace(training, stages=stages), *others)
+    def without(config: RunConfig) -> Schedule:
+        schedule = right(config)
+        last = schedule.num_micro_batches - 1
+        stages = [[i for i in s if i.kind == "load" or i.micro_batch != last] for s in schedule.stages]
+        return replace(schedule, stages=stages)
 
-    patch.setattr(build, "take_over", without)
+    patch.setattr(build, "schedule_of", without)
+
+
+@defect
+def a_weight_pass_dropped(patch: pytest.MonkeyPatch) -> None:
+    right = scheduled.ScheduledEngine._backward_weight
+
+    def without(engine: scheduled.ScheduledEngine, instruction: Instruction) -> None:
+        if instruction.micro_batch != 1:
+            right(engine, instruction)
+
+    patch.setattr(scheduled.ScheduledEngine, "_backward_weight", without)
+
+
+@defect
+def a_weight_pass_doubled(patch: pytest.MonkeyPatch) -> None:
+    right = scheduled.add_gradients
+    passes = count()
+
+    def twice(left: list[Compute]) -> None:
+        if next(passes) == 1:
+            right(list(left))
+        right(left)
+
+    patch.setattr(scheduled, "add_gradients", twice)
+
+
+@defect
+def a_chunk_on_the_wrong_stage(patch: pytest.MonkeyPatch) -> None:
+    """Two stages change their middle chunks."""
+    right, other = Placement.parts_of, {2: 3, 3: 2}
+    patch.setattr(Placement, "parts_of", lambda self, stage: [other.get(part, part) for part in right(self, stage)])
+
+
+@defect
+def a_gradient_received_into_a_live_buffer(patch: pytest.MonkeyPatch) -> None:
+    """One buffer for all that a stage receives, as DeepSpeed has it."""
+
+    def receive(channels: transfers.Channels, lane: transfers.Lane, stage: int) -> tuple[Any, Tensor]:
+        if not hasattr(channels, "buffer"):
+            channels.buffer = torch.empty(channels._shape, dtype=channels._dtype)
+        peer, tag = channels._pipeline[stage], channels._tags[lane]
+        return torch.distributed.irecv(channels.buffer, peer, channels._group(lane), tag), channels.buffer
+
+    patch.setattr(transfers.Channels, "receive", receive)
 
 
 @defect
@@ -144,13 +189,13 @@ def clipping_by_one_stage(patch: pytest.MonkeyPatch) -> None:
 
 @defect
 def step_taken_twice(patch: pytest.MonkeyPatch) -> None:
-    right = PipelineEngine._INSTRUCTION_MAP[schedule.OptimizerStep]
+    right = PipelineEngine._exec_optimizer_step
 
     def twice(engine: PipelineEngine) -> None:
         engine.optimizer.step()
         right(engine)
 
-    _replace_instruction(patch, schedule.OptimizerStep, twice)
+    patch.setattr(PipelineEngine, "_exec_optimizer_step", twice)
 
 
 @defect

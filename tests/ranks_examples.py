@@ -1,8 +1,7 @@
-"""Rank program: as `ranks_curves`, with the schedule of tests/examples in the table, and GPipe allowed."""
+"""Rank program: as `ranks_curves`, with the schedule of tests/examples in the table."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import ranks_curves
@@ -13,5 +12,4 @@ from harness.spec.schedules import SCHEDULES
 
 def run(argument: list[list[str]], folder: Path) -> list[list[float]]:
     SCHEDULES["one_by_one"] = SCHEDULE
-    SCHEDULES["gpipe"] = replace(SCHEDULES["gpipe"], runs=True)
     return ranks_curves.run(argument, folder)

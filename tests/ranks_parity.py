@@ -12,9 +12,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from helpers import MACHINE, make_config
 
+import harness.run.parity as parity
 from harness.machine import Machine
 from harness.run.engines.deepspeed.join import initialize_distributed
-from harness.run.parity import check_parity
 
 TINY = (
     "model.num_hidden_layers=3",
@@ -37,14 +37,15 @@ def machine_for(overrides: list[str]) -> Machine:
     return GPUS
 
 
-def run(argument: list[list[str]], folder: Path) -> list[list[dict[str, Any]]]:
+def run(argument: dict[str, Any], folder: Path) -> list[list[dict[str, Any]]]:
     torch.set_num_threads(1)
     initialize_distributed()
     rank = int(os.environ["RANK"])
     answers, num_threads = [], list[int]()
-    for overrides in argument:
+    parity.VARIANTS = tuple(v for v in parity.VARIANTS if argument["variant"] in ("", v.label))
+    for overrides in argument["rows"]:
         config = make_config(*TINY, *overrides, machine=machine_for(overrides))
-        comparisons = check_parity(config, rank)
+        comparisons = parity.check_parity(config, rank)
         answers.append([{**asdict(c), "passed": c.passed} for c in comparisons])
         num_threads.append(psutil.Process().num_threads())
     # gloo keeps three threads for each group; engines that were not freed would add up to many hundreds.

@@ -95,23 +95,38 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/run/engines/deepspeed/commands.py",
+        "harness/spec/placement.py",
         "tests/test_schedule.py",
         False,
         {
-            "open_micro_batches_share_a_buffer": ("if buffer not in taken]", "]"),
-            "a_buffer_is_never_free_again": ("            taken.remove(found[number])", "            pass"),
-            "a_buffer_too_few": ("max(2, _most_open(numbers))", "max(2, _most_open(numbers) - 1)"),
+            "a_v_is_a_loop": (
+                "turned = self.is_v and chunk % 2 == 1\n        return chunk",
+                "turned = False\n        return chunk",
+            ),
+            "the_last_part_is_on_the_last_stage": ("== self.num_parts - 1", "== self.num_stages - 1"),
         },
     ),
     *slips(
-        "harness/run/engines/deepspeed/commands.py",
+        "harness/spec/schedules.py",
+        "tests/test_schedule.py",
+        False,
+        {
+            "weights_a_micro_batch_early": ("if number >= late:", "if number > late:"),
+            "held_until_the_input_gradient": ("now += waiting[chunk] - of_chunk[chunk]", "now -= of_chunk[chunk]"),
+            "a_hand_over_is_received": (
+                'if before != stage:\n                yield Instruction("recv',
+                'if part > 0:\n                yield Instruction("recv',
+            ),
+        },
+    ),
+    *slips(
+        "harness/run/engines/deepspeed/scheduled.py",
         "tests/test_examples.py -k deepspeed_executes",
         True,
         {
-            "backward_of_the_last_loss": (
-                "            engine.loss = losses.pop(instruction.micro_batch)",
-                "            losses.pop(instruction.micro_batch)",
+            "backward_of_the_last_output": (
+                "self._outputs.pop(place), self._inputs.pop(place)",
+                "self._outputs.pop(next(reversed(self._outputs))), self._inputs.pop(place)",
             ),
         },
     ),
@@ -209,8 +224,8 @@ SLIPS = [
         True,
         {
             "row_bias_per_rank": (
-                "F.linear(hidden, self.weight), self.tp)",
-                "F.linear(hidden, self.weight, self.bias), self.tp)",
+                "linear(hidden, self.weight, None, self.tp.later), self.tp)",
+                "linear(hidden, self.weight, self.bias, self.tp.later), self.tp)",
             ),
             "positions_of_the_first_slice": ("first = length * (self.tp.slice_rank or 0)", "first = 0"),
         },
@@ -268,7 +283,7 @@ SLIPS = [
         "tests/test_memory.py",
         False,
         {
-            "activations_of_one_micro_batch": ("micro_batches_in_flight * (kept", "1 * (kept"),
+            "nothing_is_sent": ("hidden * (chunk in sends)", "hidden * 0"),
             "no_fp32_copy": ('if zero or precision != "fp32" else 0\n', "if zero else 0\n"),
             "moments_not_split": ('config.parallel.dp if zero or precision == "bf16" else 1', "1"),
         },
@@ -278,7 +293,7 @@ SLIPS = [
         "tests/test_partition.py",
         False,
         {
-            "ties_to_the_later_stage": ("extra[s], s))", "extra[s], -s))"),
+            "ties_to_the_later_stage": ("extra[part], part))", "extra[part], -part))"),
             "head_weighs_nothing": ("head_forward_flops(model)\n", "0\n"),
         },
     ),
@@ -318,10 +333,6 @@ SLIPS = [
         False,
         {
             "ideal_with_p_instead_of_p_less_1": ("return Fraction(p - 1, m * v)", "return Fraction(p, m * v)"),
-            "in_flight_until_the_next": (
-                'now += (instruction.kind == "forward") - (instruction.kind == last)',
-                'now += instruction.kind == "forward"',
-            ),
         },
     ),
     *slips(
@@ -354,8 +365,8 @@ SLIPS = [
         False,
         {
             "one_forward_too_many_ahead": (
-                "ahead = stage.num_stages - 1 - stage.index\n",
-                "ahead = stage.num_stages - stage.index\n",
+                "ahead = min(stage.num_following, stage.num_micro_batches)\n",
+                "ahead = min(stage.num_following + 1, stage.num_micro_batches)\n",
             ),
         },
     ),
@@ -613,9 +624,9 @@ SLIPS = [
                 "max(model.num_key_value_heads // tp, 1) * model.head_dim",
                 "model.num_key_value_heads * model.head_dim // tp",
             ),
-            "mask_of_the_embedding_everywhere": ("if stage == 0 and model.dropout > 0", "if model.dropout > 0"),
+            "mask_of_the_embedding_everywhere": ("if first and model.dropout > 0", "if model.dropout > 0"),
             "buffers_not_sliced": ("        received //= num_slices(parallel)\n", ""),
-            "middle_stages_receive_once": ("((stage > 0) + (stage < p - 1))", "(p > 1)"),
+            "middle_stages_receive_once": ("received * len(lanes)", "received * min(1, len(lanes))"),
         },
     ),
     *slips(

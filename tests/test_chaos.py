@@ -109,7 +109,12 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
     rng.shuffle(plan)
     for start in itertools.count():
         num_seeds = 1 + start // 6  # the grid grows meanwhile
-        grid = ["parallel.pp=1,2", f"train.seed=range(0,{num_seeds})", "sweep.retry=[crashed]"]
+        grid = [
+            "parallel.pp=2",
+            "parallel.schedule=1f1b,zb_v",
+            f"train.seed=range(0,{num_seeds})",
+            "sweep.retry=[crashed]",
+        ]
         since, sweep = time.time(), start_sweep(tmp_path, *grid)
         while plan and sweep.poll() is None:
             if strike(tmp_path, sweep, since, plan[-1], rng):
@@ -134,6 +139,7 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_each_failure_has_its_name_and_the_others_are_measured(tmp_path: Path) -> None:
     limits = ["launch.hang_seconds=15.0", "launch.memory_limit_bytes=3000000000", "parallel.pp=2"]
+    limits += ["parallel.schedule=interleaved"]
     grid = "train.seed=1,7001,7002,7003,2"
     sweep = start_sweep(tmp_path, grid, *limits, python_path=str(SABOTAGE))
     assert sweep.wait(300) == 1, (tmp_path / "output.txt").read_text()
@@ -145,8 +151,8 @@ def test_each_failure_has_its_name_and_the_others_are_measured(tmp_path: Path) -
     assert table["7003"]["reason"] == "rank 1: ValueError: broken on purpose"
     assert table["7001"]["reason"].startswith("rank 1: ")
     assert "its peak so far: " in table["7001"]["reason"]
-    assert "rank 1 in forward of micro-batch 0, step 3" in table["7002"]["reason"]
-    assert "rank 0 in recv_gradient of micro-batch 0, step 3" in table["7002"]["reason"]
+    assert "rank 1 in forward of micro-batch 0, chunk 0, step 3" in table["7002"]["reason"]
+    assert "rank 0 in recv_activation of micro-batch 0, chunk 1, step 3" in table["7002"]["reason"]
     for seed in ("7001", "7002", "7003"):  # two steps were done, one of them timed
         assert float(table[seed]["step_seconds"]) > 0
         assert float(table[seed]["last_loss"]) > 0

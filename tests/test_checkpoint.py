@@ -107,6 +107,7 @@ def part_names(name: str, tensors: set[str]) -> list[str]:
 # --- going on in the same and in another layout
 
 
+FOUR_BLOCKS = "model.num_hidden_layers=4"
 ORIGINS = {
     "tp": [LAYOUTS["tp"]],
     "dp zero": [LAYOUTS["dp"], "parallel.zero_stage=1"],
@@ -114,7 +115,12 @@ ORIGINS = {
     "dp bf16 llama": [LAYOUTS["dp"], "train.precision=bf16", "model=llama_tiny"],
     "pp sgd untied": [LAYOUTS["pp"], "train.optimizer=sgd", "model.tie_word_embeddings=false"],
     "pp dropout": [LAYOUTS["pp"], "model.dropout=0.1"],
-}
+    "1f1b": [LAYOUTS["pp"], FOUR_BLOCKS, "parallel.schedule=1f1b"],
+    "zb_v": [LAYOUTS["pp"], FOUR_BLOCKS, "parallel.schedule=zb_v"],
+    "interleaved bf16 zero": [
+        LAYOUTS["pp"], FOUR_BLOCKS, "parallel.schedule=interleaved", "train.precision=bf16", "parallel.zero_stage=1"
+    ],
+}  # fmt: skip
 COPIES = {
     "tp": [LAYOUTS["tp"]],
     "pp": [LAYOUTS["pp"], "parallel.partition=[1,1]"],
@@ -122,7 +128,9 @@ COPIES = {
     "dp bf16 zero": [LAYOUTS["dp"], "train.precision=bf16", "parallel.zero_stage=1"],
     "tp bf16": [LAYOUTS["tp"], "train.precision=bf16"],
 }
+SCHEDULES = {name: f"parallel.schedule={name}" for name in ("1f1b", "zb_v", "interleaved", "zb_h1")}
 MOVES = [(origin, layout) for origin in ("tp", "dp zero") for layout in LAYOUTS if layout not in origin]
+MOVES += [("1f1b", "zb_v"), ("zb_v", "1f1b"), ("zb_v", "interleaved"), ("zb_v", "zb_h1")]
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +151,10 @@ def runs(folder: Path) -> dict[str, Lines]:
     resume = {name: f"train.resume={directory_of(folder / name / 'checkpoints', 3)}" for name in ORIGINS}
     again = {f"{name}>same": [*named[name], resume[name]] for name in ORIGINS}
     moved = {
-        f"{name}>{layout}": [*(o for o in named[name] if o not in LAYOUTS.values()), LAYOUTS[layout], resume[name]]
-        for name, layout in MOVES
+        f"{name}>{other}": [*(o for o in named[name] if o not in kind.values()), kind[other], resume[name]]
+        for name, other in MOVES
+        for kind in (LAYOUTS, SCHEDULES)
+        if other in kind
     }
     copies = {f"tp={name}": [*common, *options, resume["tp"]] for name, options in COPIES.items()}
     copies["dp zero=pp"] = [*common, LAYOUTS["pp"], resume["dp zero"]]
@@ -192,9 +202,10 @@ def test_another_layout_goes_on_to_rounding(runs: dict[str, Lines], origin: str,
         assert mine[3] == pytest.approx(theirs[3], rel=1e-5)
 
 
-def test_evaluation_is_the_same_in_every_layout(runs: dict[str, Lines]) -> None:
-    losses = [runs[name][-1]["eval/loss"] for name in ("tp", "tp>pp", "tp>dp", "dp zero")]
-    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+def test_evaluation_is_the_same_in_every_layout_and_schedule(runs: dict[str, Lines]) -> None:
+    for names in (("tp", "tp>pp", "tp>dp", "dp zero"), ("1f1b", "zb_v", "zb_v>interleaved")):
+        losses = [runs[name][-1]["eval/loss"] for name in names]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
 
 
 def test_evaluation_leaves_training_alone(runs: dict[str, Lines]) -> None:
@@ -239,7 +250,7 @@ def test_text_with_nothing_to_hold_out_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_by_bit(tmp_path: Path) -> None:
     """kill -9 of all ranks after 12, 17, 23 and 37 of 40 steps, and in the middle of writing a checkpoint."""
-    common = [*TINY, LAYOUTS["pp"], "train.steps=40", "train.checkpoint_interval=10"]
+    common = [*TINY, *ORIGINS["zb_v"], "train.steps=40", "train.checkpoint_interval=10"]
     newest = {}
     for kill_at in (12, 17, 23, 37):
         newest[f"{kill_at}/run"] = kill_at // 10 * 10

@@ -19,6 +19,8 @@ from harness.spans.span import StageActivity, measured_bubble
 TP2 = ["parallel.tp=2", "train.global_batch_size=4"]
 SLICED = [*TP2, "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pp=2", "train.global_batch_size=4"]
+ZB_H1 = [*PP2, "parallel.schedule=zb_h1"]
+CHUNKS = [*PP2, "parallel.schedule=interleaved", "parallel.num_chunks=3", "model.num_hidden_layers=6"]
 # defect -> (layout, a comparison that must fail)
 EXPECTED = {
     "none": (TP2, None),
@@ -32,6 +34,10 @@ EXPECTED = {
     "gradient_scaled_by_m": (PP2, "AdamW: gradient"),
     "one_gradient_off_by_a_thousandth": (PP2, "AdamW: gradient"),
     "last_micro_batch_left_out": (PP2, "AdamW: gradient"),
+    "a_weight_pass_dropped": (ZB_H1, "AdamW: gradient"),
+    "a_weight_pass_doubled": (ZB_H1, "AdamW: gradient"),
+    "a_chunk_on_the_wrong_stage": (CHUNKS, "AdamW: loss"),
+    "a_gradient_received_into_a_live_buffer": (PP2, "AdamW: gradient"),
     "clipping_key_left_out": (PP2, "SGD: update after 3 steps"),
     "clipping_by_one_stage": (PP2, "SGD, clipped: update after 3 steps"),
     "step_taken_twice": (PP2, "SGD: update after 3 steps"),

@@ -274,6 +274,9 @@ def test_the_architecture_names_every_room_and_every_launcher() -> None:
     assert [name for name in [*rooms, *files, *launchers] if not re.search(rf"(?<!\w){re.escape(name)}", text)] == []
 
 
+LETTERS = {"forward": "Ff", "backward": "Bb", "backward_input": "Ii", "backward_weight": "Ww"}
+
+
 @pytest.mark.parametrize(
     ("drawn", "name", "num_stages", "num_chunks"),
     [
@@ -281,18 +284,22 @@ def test_the_architecture_names_every_room_and_every_launcher() -> None:
         (schedules.one_forward_one_backward.__doc__, "1f1b", 3, 1),
         ((REPOSITORY / "docs" / "concepts.md").read_text(), "1f1b", 3, 1),
         (schedules.interleaved.__doc__, "interleaved", 2, 2),
+        (schedules.zb_h1.__doc__, "zb_h1", 3, 1),
+        (schedules.dualpipev.__doc__, "dualpipev", 2, 2),
+        (schedules.zero_bubble.__doc__, "zb_v", 2, 2),
     ],
 )
 def test_schedules_are_as_drawn(drawn: str, name: str, num_stages: int, num_chunks: int) -> None:
     schedule = schedules.build_schedule(name, num_stages, num_micro_batches=4, num_chunks=num_chunks)
-    simulated = simulate(schedule, {"forward": num_chunks, "backward": 2 * num_chunks}, blocking=num_chunks == 1)
+    seconds = {"forward": 1, "backward": 2, "backward_input": 1, "backward_weight": 1}
+    simulated = simulate(schedule, {kind: num_chunks * seconds[kind] for kind in schedule.computes})
     rows = re.findall(r"^ *stage \d   (.*)$", drawn, re.MULTILINE)
     assert len(rows) == num_stages
     for row, spans, instructions in zip(rows, simulated, schedule.stages, strict=True):
         columns = ["."] * len(row.split())
         for span, instruction in zip(spans, instructions, strict=True):
-            if span.kind in ("forward", "backward"):
-                letter = {"forward": "Ff", "backward": "Bb"}[span.kind][instruction.chunk]
+            if span.kind in schedule.computes:
+                letter = LETTERS[span.kind][instruction.chunk]
                 begin, end = round(span.start_ns / 1e9), round(span.end_ns / 1e9)
                 columns[begin:end] = [f"{letter}{span.micro_batch}"] * (end - begin)
         assert row.split() == columns

@@ -16,7 +16,7 @@ from harness.model.weights import initialize
 from harness.record.sources import is_oversubscribed
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
-from harness.spec.partition import layers_per_stage
+from harness.spec.partition import layers_per_part
 
 FAST = ("model=emulated", "model.forward_seconds=0.01", "model.backward_seconds=0.02")
 
@@ -84,4 +84,4 @@ def test_waiting_ranks_need_no_cores_and_blocks_cost_alike() -> None:
     config = make_config(*FAST, "parallel.pp=4", "parallel.partition=cost")
     assert not is_oversubscribed(config, MACHINE)
     assert is_oversubscribed(make_config("parallel.pp=4"), MACHINE)
-    assert layers_per_stage(config.model, config.parallel, 128) == [2, 2, 2, 2]
+    assert layers_per_part(config.model, config.parallel, 128) == [2, 2, 2, 2]

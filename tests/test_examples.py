@@ -49,7 +49,7 @@ def test_a_schedule_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
         config = make_config("parallel.schedule=one_by_one", "parallel.pp=2")
         assert layout_columns(config)["bubble_fraction_ideal"] == 0.5
         schedule = build_schedule("one_by_one", num_stages=4, num_micro_batches=8)
-        assert schedule.micro_batches_in_flight == [1, 1, 1, 1]
+        assert schedule.most_in_flight == [1, 1, 1, 1]
         stages = simulate(schedule, {"forward": 0.01, "backward": 0.02})
         simulated = measured_bubble([[activity(spans)] for spans in stages])
         assert simulated.fraction == pytest.approx(ideal_bubble_fraction("one_by_one", 4, 8))
@@ -59,7 +59,7 @@ def test_a_schedule_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deepspeed_executes_a_schedule_that_was_added(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.num_hidden_layers=2", "parallel.pp=2", "train.steps=3"]
-    names = ("1f1b", "one_by_one", "gpipe")  # of the last, all micro-batches await their backward pass at once
+    names = ("1f1b", "one_by_one", "gpipe")
     schedules = [[*overrides, f"parallel.schedule={name}"] for name in names]
     curve, *others = run_ranks(2, "ranks_examples", schedules, tmp_path)
     assert others == [curve, curve]

@@ -26,7 +26,7 @@ from harness.spec.config import REPOSITORY, RunConfig
 from harness.spec.families import FAMILIES
 from harness.spec.identity import identity
 from harness.spec.parameters import parameter_table
-from harness.spec.partition import layers_per_stage
+from harness.spec.partition import layers_per_part
 from harness.spec.resolve import load_config
 from harness.spec.transformers_config import resolve_model
 from harness.spec.twin import twin_of
@@ -104,7 +104,7 @@ def test_its_memory_is_that_of_the_layers(biased_llama: str, tp: int) -> None:
     config = load(biased_llama, f"parallel.tp={tp}")
     layers = build_layers(config.model, TensorParallel(group=None, rank=0, size=tp, kv_group=None, kv_size=1))
     held = sum(parameter.numel() for parameter in layers.parameters())
-    (stage,) = memory_per_stage(config, layers_per_stage(config.model, config.parallel, config.train.sequence_length))
+    (stage,) = memory_per_stage(config, layers_per_part(config.model, config.parallel, config.train.sequence_length))
     assert stage.parameter_bytes == 4 * held
 
 

@@ -28,7 +28,6 @@ from helpers import agree
 
 from harness.plan.simulate import simulate
 from harness.spans.span import COMPUTE_KINDS, Span, activity, measured_bubble
-from harness.spec.schedules import build_schedule
 
 SLACK = 0.01
 """Of bubble fractions, beyond what the machine adds."""
@@ -46,7 +45,9 @@ def check_measured(measured: dict[Case, Measured]) -> None:
     for case, found in measured.items():
         least, most = bounds(case, found.excess_seconds)
         ideal, simulated, real = (found.bubble[key]["fraction"] for key in ("ideal", "simulated", "measured"))
-        assert ideal == pytest.approx((case.p - 1) / (case.m + case.p - 1), abs=1e-6), case
+        # That of a split backward pass depends a little on how long the passes really took.
+        alike = 5e-3 if case.built.splits_backward else 1e-6
+        assert ideal == pytest.approx(bounds(case.undisturbed, 0)[0], abs=alike), case
         assert least - SLACK <= real <= most + SLACK, case
         assert least - SLACK <= simulated <= real + SLACK, case
         # What disturbs most of the steps is no longer of the machine alone, but the waits' own clock sees it as well.
@@ -118,14 +119,17 @@ def emulated(case: Case, machine: float, scale: float) -> Stages:
     own = 0.001 * machine
     sends = [0.5 * own + SLOW_LINK_SECONDS * scale * (case.slow_link and stage == SLOW_LINK) for stage in range(case.p)]
     load = [[LOADING_SECONDS if stage == k == 0 else 0.5 * own for k in range(case.m)] for stage in range(case.p)]
+    halves = {"forward": FORWARD_SECONDS, "backward": BACKWARD_SECONDS}
     seconds = {
-        "forward": [FORWARD_SECONDS * scale * factor + own for factor in case.factors],
-        "backward": [BACKWARD_SECONDS * scale * factor + own for factor in case.factors],
+        **{
+            kind: [halves.get(kind, BACKWARD_SECONDS / 2) * scale * factor + own for factor in case.factors]
+            for kind in case.built.computes
+        },
         "send_activation": sends,
         "send_gradient": 0.5 * own,
         "load": load,
     }
-    return simulate(build_schedule("1f1b", case.p, case.m), seconds)
+    return simulate(case.built, seconds)
 
 
 @cache

@@ -129,7 +129,7 @@ def test_sequence_parallelism_divides_all_block_activations(tp: int) -> None:
     assert counted == (768 * 34 + 4 * 12 + 2 * 2 * 4) / tp
     assert counted * tp == block_activation_bytes_per_token(alone.model, alone.parallel, "bf16")
     (sliced,), (whole,) = memory_per_stage(config, [12]), memory_per_stage(alone, [12])
-    logits = config.train.sequence_length * (4 + 8) * (-(-50257 // tp) - 50257 / tp)  # padding
+    logits = config.train.sequence_length * (4 + 4) * (-(-50257 // tp) - 50257 / tp)  # padding
     assert sliced.activation_bytes - logits == pytest.approx(whole.activation_bytes / tp)
 
 
@@ -168,15 +168,15 @@ def test_activations_of_stages_by_hand() -> None:
     assert [stage.micro_batches_in_flight for stage in stages] == [3, 2, 1]
     block = 32 * 768 + 4 * 12 + 16
     hidden, tokens = 2 * 768, 2 * 64
-    logits = 50257 * (2 * 2 + 4 + 2)  # two micro-batches' logits, exponentials in fp32 and bf16
+    logits = 50257 * (2 + 4 + 2)  # the logits, exponentials in fp32 and bf16
     assert stages[0].activation_bytes == tokens * 3 * (5 * block + hidden)  # and what goes out
-    assert stages[1].activation_bytes == tokens * 2 * (4 * block + 2 * hidden)  # and what came in
-    assert stages[2].activation_bytes == tokens * (3 * block + hidden + 2 * hidden + logits)
+    assert stages[1].activation_bytes == tokens * 2 * (4 * block + hidden)
+    assert stages[2].activation_bytes == tokens * (3 * block + 2 * hidden + logits)
     full = memory_per_stage(big(*shape, "parallel.pp=3", "train.global_batch_size=8",
                                 "train.activation_checkpointing=full"), [5, 4, 3])  # fmt: skip
     assert full[0].activation_bytes == tokens * (3 * (5 * hidden + hidden) + block)
     (alone,) = memory_per_stage(big(*shape, "train.global_batch_size=2"), [12])
-    assert alone.activation_bytes == tokens * (12 * block + 2 * hidden + 50257 * (2 + 4 + 2))
+    assert alone.activation_bytes == tokens * (12 * block + 2 * hidden + logits)
     assert alone.buffer_bytes == 0
 
 

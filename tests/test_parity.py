@@ -18,6 +18,8 @@ import pytest
 from allpairspy import AllPairs
 from distributed import run_ranks
 
+from harness.spec.schedules import SCHEDULES
+
 LAYOUTS = [
     (tp, pp, dp) for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)) if tp * pp * dp <= 8
 ]  # more than 8 ranks are beyond a test on two cores
@@ -104,6 +106,44 @@ def shared_masks_rows() -> list[Row]:
     return [((2, 1, 1), overrides_of((2, 1, 1), [["model.dropout=0.2"]], 1))]
 
 
+SCHEDULE_OPTIONS: dict[str, list[list[str]]] = {
+    "model": OPTIONS["model"],
+    "precision": OPTIONS["precision"],
+    "zero": OPTIONS["zero"],
+    "checkpointing": OPTIONS["checkpointing"],
+    "partition": [["parallel.partition=uniform"], ["parallel.partition=LISTED"]],
+    "sequence": OPTIONS["sequence"][1:],
+    "dropout": OPTIONS["dropout"],
+}
+PIPELINES = [layout for layout in LAYOUTS if layout[1] > 1]
+
+
+def all_schedule_pairs() -> list[list[Any]]:
+    """A covering array of all pairs of pipelines, schedules and option values."""
+    names = [name for name in SCHEDULES if name != "1f1b"]
+    rows = [list(row) for row in AllPairs([PIPELINES, names, *SCHEDULE_OPTIONS.values()], filter_func=is_comparable)]
+    met = [row[:2] for row in rows]
+    for layout, name in product(PIPELINES, names):  # the greedy search overlooks some
+        if [layout, name] not in met:
+            rows.append([layout, name, *next(options for (tp, *_), _, *options in rows if tp == layout[0])])
+    return rows
+
+
+def schedule_rows() -> list[Row]:
+    """Their overrides: a block more than the schedule has parts, and as few micro-batches as fill it."""
+    rows = []
+    for layout, name, *choices in all_schedule_pairs():
+        _, pp, dp = layout
+        chunks = SCHEDULES[name].num_chunks
+        listed = f"[{','.join(['2', *'1' * (pp * chunks - 1)])}]"
+        changes = [override.replace("LISTED", listed) for choice in choices for override in choice]
+        num_micro_batches = 2 * pp if chunks > 1 else pp + 1
+        sizes = [f"model.num_hidden_layers={pp * chunks + 1}", f"train.global_batch_size={dp * num_micro_batches}"]
+        own = [f"parallel.schedule={name}", "train.micro_batch_size=1", *sizes]
+        rows.append((layout, [*overrides_of(layout, [changes], 1), *own]))
+    return rows
+
+
 def is_wrong(overrides: list[str], comparison: dict[str, Any]) -> bool:
     """Outside its tolerance or, with masks of tensor-parallel ranks, not a number: the mark of copies that differ."""
     comparable = not {"model.dropout=0.2", "parallel.tp=2"} <= {*overrides}
@@ -125,8 +165,11 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
 PARTS: dict[str, tuple[Callable[[], list[Row]], ...]] = {
     "pairs": (paired_rows,),
     "others": (plain_rows, fp16_rows, emulated_rows, shared_masks_rows),
+    "schedules": (schedule_rows,),
 }
 PARTS["all"] = PARTS["pairs"] + PARTS["others"]
+ONE_VARIANT = {"schedules": "AdamW"}
+"""What the optimizer makes of gradients does not depend on the order in which they came to be."""
 
 
 @pytest.mark.parametrize(
@@ -137,12 +180,14 @@ PARTS["all"] = PARTS["pairs"] + PARTS["others"]
         pytest.param(2, "pairs", id="2 pairs", marks=pytest.mark.slow),
         pytest.param(4, "all", id="4", marks=pytest.mark.slow),
         pytest.param(8, "all", id="8", marks=pytest.mark.slow),
+        *(pytest.param(n, "schedules", id=f"{n} schedules", marks=pytest.mark.slow) for n in (2, 4, 8)),
     ],
 )
 def test_parity(world_size: int, part: str, tmp_path: Path) -> None:
     every = [row for rows in PARTS[part] for row in rows()]
     rows = [row for row in every if row[0][0] * row[0][1] * row[0][2] == world_size]
-    answers = run_ranks(world_size, "ranks_parity", [overrides for _, overrides in rows], tmp_path, timeout=1800)
+    argument = {"rows": [overrides for _, overrides in rows], "variant": ONE_VARIANT.get(part, "")}
+    answers = run_ranks(world_size, "ranks_parity", argument, tmp_path, timeout=1800)
     failures = [
         f"{' '.join(overrides)}\n    {comparison}"
         for (_, overrides), comparisons in zip(rows, answers, strict=True)
@@ -150,6 +195,15 @@ def test_parity(world_size: int, part: str, tmp_path: Path) -> None:
         if is_wrong(overrides, comparison)
     ]
     assert not failures, "\n".join(failures)
+
+
+def test_every_schedule_meets_every_pipeline_and_option() -> None:
+    names = [name for name in SCHEDULES if name != "1f1b"]
+    factors: list[list[Any]] = [PIPELINES, names, *SCHEDULE_OPTIONS.values()]
+    rows = all_schedule_pairs()
+    for other in (0, *range(2, len(factors))):
+        for name, value in product(names, factors[other]):
+            assert any(row[1] == name and row[other] == value for row in rows), (name, value)
 
 
 def test_every_layout_meets_every_option() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from harness.spec.config import Parallel
 from harness.spec.counts import stage_counts
-from harness.spec.partition import balance, layers_per_stage
+from harness.spec.partition import balance, layers_per_part
 from tests.helpers import make_config
 
 
@@ -58,7 +58,7 @@ def test_ties_go_to_the_earlier_stage() -> None:
 
 def split(method: str, pp: int, *overrides: str) -> list[int]:
     config = make_config(f"parallel.partition={method}", f"parallel.pp={pp}", *overrides)
-    return layers_per_stage(config.model, config.parallel, config.train.sequence_length)
+    return layers_per_part(config.model, config.parallel, config.train.sequence_length)
 
 
 def test_uniform_and_listed() -> None:
@@ -92,7 +92,7 @@ def test_methods_balance_what_stage_counts_counts(name: str, pp: int) -> None:
     config = make_config(f"model={name}", f"parallel.pp={pp}")
     model, length = config.model, config.train.sequence_length
     for method, weight in [("parameters", "parameters"), ("cost", "forward_flops")]:
-        found = layers_per_stage(model, with_partition(config.parallel, method), length)
+        found = layers_per_part(model, with_partition(config.parallel, method), length)
 
         def worst(layers: list[int], weight: str = weight) -> int:
             return max(getattr(stage, weight) for stage in stage_counts(config, layers))
@@ -106,5 +106,5 @@ def with_partition(parallel: Parallel, method: str) -> Parallel:
 
 def test_a_listed_partition_is_copied() -> None:
     config = make_config("parallel.partition=[1,3]", "parallel.pp=2")
-    layers_per_stage(config.model, config.parallel, 1).append(5)
+    layers_per_part(config.model, config.parallel, 1).append(5)
     assert config.parallel.partition == [1, 3]

@@ -91,7 +91,7 @@ def test_ranks_may_be_missing() -> None:
 
 def test_overlapping_transfers_and_one_rank() -> None:
     schedule = build_schedule("interleaved", 2, 4, 2)
-    stages = simulate(schedule, {"forward": 2, "backward": 2}, blocking=False)
+    stages = simulate(schedule, {"forward": 2, "backward": 2})
     files = [SpanFile({"rank": s, "pp": s, "dp": 0, "tp": 0}, spans) for s, spans in enumerate(stages)]
     trace = chrome_trace(files, [[0, 1]], schedule.stages)
     assert trace_problems(trace) == []

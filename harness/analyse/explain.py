@@ -3,8 +3,8 @@
 Each cause is the difference between two simulations of the same schedule, from what the schedule dictates to
 what was measured:
 
-    ideal      equal stages (the mean forward and backward of all), free transfers: fill and drain
-    imbalance  + every stage's own mean forward and backward
+    ideal      equal passes (the mean forward and backward of all), free transfers: fill and drain
+    imbalance  + the mean forward and backward of each chunk of each stage
     transfer   + every link's mean transfer time
     jitter     + the durations of the single micro-batches
     host       the measured step: what no simulation holds, loading data and gaps between instructions
@@ -48,7 +48,7 @@ class BubbleExplanation:
 
 
 def explain(stages: Sequence[Sequence[Span]], schedule: Schedule) -> BubbleExplanation:
-    """Explain the bubble of one pipeline in one step, whose transfers occupied their senders as DeepSpeed's do.
+    """Explain the bubble of one pipeline in one step.
 
     Args:
         stages: the spans of one rank per stage, on one clock.
@@ -59,17 +59,17 @@ def explain(stages: Sequence[Sequence[Span]], schedule: Schedule) -> BubbleExpla
     """
     single = durations(stages, schedule)
     computing = {kind: table for kind, table in single.items() if kind in COMPUTE_KINDS}
-    per_stage = {kind: table.mean(axis=1) for kind, table in single.items()}
-    equal = {kind: table.mean() for kind, table in computing.items()}
+    shape = next(iter(computing.values())).shape
+    per_chunk = {kind: np.broadcast_to(table.mean(axis=2, keepdims=True), shape) for kind, table in single.items()}
+    equal = {kind: np.full(shape, table.mean()) for kind, table in computing.items()}
 
-    def bubble_of(seconds: Mapping[str, Table | float]) -> Bubble:
-        given = {kind: np.asarray(table).tolist() for kind, table in seconds.items()}
-        return _bubble(simulate(schedule, given))
+    def bubble_of(seconds: Mapping[str, Table]) -> Bubble:
+        return _bubble(simulate(schedule, {kind: table.tolist() for kind, table in seconds.items()}))
 
     bubbles = {
         "ideal": bubble_of(equal),
-        "imbalance": bubble_of({kind: per_stage[kind] for kind in computing}),
-        "transfer": bubble_of(per_stage),
+        "imbalance": bubble_of({kind: per_chunk[kind] for kind in computing}),
+        "transfer": bubble_of(per_chunk),
         "jitter": bubble_of(single),
         "host": _bubble(stages),
     }
@@ -80,31 +80,40 @@ def explain(stages: Sequence[Sequence[Span]], schedule: Schedule) -> BubbleExpla
 
 
 def durations(stages: Sequence[Sequence[Span]], schedule: Schedule) -> dict[str, Table]:
-    """Measured seconds as `simulate` takes them: [stage, micro-batch] by kind.
+    """Measured seconds as `simulate` takes them: [stage, chunk, micro-batch] by kind.
 
-    Computations with what is nested in them, over all chunks of a stage, and transfers from when both ends
-    were there, the mean where chunks send several; a stage that sends nothing of a kind has zeros.
+    Computations with what is nested in them. How long a transfer took is known where its receiver was there first; for
+    the others, which happened while the receiver computed, the mean of those that their sender's chunk sent stands, or
+    else that of all of their kind; 0 where nobody waited for one.
 
     Raises:
         ValueError: computations of the schedule have no span.
     """
-    shape = (len(schedule.stages), schedule.num_micro_batches)
-    computed = {i.kind for stage in schedule.stages for i in stage if i.kind in COMPUTE_KINDS}
-    tables = {kind: np.zeros(shape) for kind in [*computed, *RECEIVE_OF_SEND]}
+    shape = (len(schedule.stages), schedule.num_chunks, schedule.num_micro_batches)
+    tables = {kind: np.zeros(shape) for kind in schedule.computes}
     for stage, spans in enumerate(stages):
         for span in spans:
-            if span.kind in computed:
-                tables[span.kind][stage, span.micro_batch] += span.seconds
-        expected = sum(i.kind in computed for i in schedule.stages[stage])
-        found = sum(span.kind in computed for span in spans)
+            if span.kind in tables:
+                tables[span.kind][stage, span.chunk, span.micro_batch] += span.seconds
+        expected = sum(i.kind in tables for i in schedule.stages[stage])
+        found = sum(span.kind in tables for span in spans)
         if found != expected:
             raise ValueError(f"stage {stage} has {found} forward and backward spans, {schedule.name} has {expected}")
-    messages = {kind: np.zeros(shape) for kind in RECEIVE_OF_SEND}
-    for transfer in transfers(stages, schedule.stages):
-        place = transfer.sender, transfer.send.micro_batch
-        tables[transfer.send.kind][place] += transfer.seconds
-        messages[transfer.send.kind][place] += 1
-    return tables | {kind: tables[kind] / np.maximum(messages[kind], 1) for kind in RECEIVE_OF_SEND}
+    messages = {kind: np.full(shape, np.nan) for kind in RECEIVE_OF_SEND}
+    for sender, _, send, receive in transfers(stages, schedule.stages):
+        if receive.start_ns <= send.start_ns:
+            seconds = (receive.end_ns - send.start_ns) / 1e9
+            messages[send.kind][sender, send.chunk, send.micro_batch] = seconds
+    return tables | {kind: _filled(table) for kind, table in messages.items()}
+
+
+def _filled(table: Table) -> Table:
+    """[stage, chunk, micro-batch] with means where nothing is known."""
+    known = ~np.isnan(table)
+    overall = table[known].mean() if known.any() else 0.0
+    number = known.sum(axis=2, keepdims=True)
+    means = np.where(number > 0, np.nansum(table, axis=2, keepdims=True) / np.maximum(number, 1), overall)
+    return np.where(known, table, means)
 
 
 def _bubble(stages: Sequence[Sequence[Span]]) -> Bubble:

@@ -199,7 +199,7 @@ def write_pictures(attempt: Attempt) -> list[str]:
     run = read_run(attempt, config)
     losses = list(run.losses)
     if run.timed_steps:
-        title = f"{config.model.name}  {config.slug}  m={config.num_micro_batches}"
+        title = f"{config.model.name}  {config.slug}  {config.parallel.schedule}  m={config.num_micro_batches}"
         accounting_picture(breakdown(run)["accounting"], attempt.path / "accounting.png", title)
         step = _typical_step(run)
         shown = {rank: file.instructions(step) for rank, file in enumerate(run.files) if file.header["dp"] == 0}

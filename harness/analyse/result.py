@@ -38,7 +38,7 @@ class Extras:
 def build_result(
     attempt: Attempt,
     run: MeasuredRun,
-    blocks_per_stage: Sequence[int],
+    blocks_per_part: Sequence[int],
     peak_memory_bytes: Sequence[int],
     corpus: Corpus,
     optimizer: str,
@@ -65,7 +65,7 @@ def build_result(
     rate = run.tokens_per_second_per_device
     return {
         "row": measured_columns(run),
-        "stages": extras.part("the stages", lambda: describe_stages(run, blocks_per_stage)),
+        "stages": extras.part("the stages", lambda: describe_stages(run, blocks_per_part)),
         "gemm_flops_per_second": run.gemm_flops_per_second,
         "peak_flops_per_second": peak,
         "flops_conventions": extras.part("the conventions", lambda: flops_beside_peers(config, rate, peak))
@@ -73,7 +73,7 @@ def build_result(
         else None,
         "memory": extras.part(
             "the memory of the stages",
-            lambda: memory_beside_measured(config, blocks_per_stage, peak_memory_bytes, machine.device_kind),
+            lambda: memory_beside_measured(config, blocks_per_part, peak_memory_bytes, machine.device_kind),
         ),
         "peak_memory_bytes": list(peak_memory_bytes),
         "data": {"source": corpus.description, "num_tokens": corpus.num_tokens, "sha256": corpus.fingerprint},
@@ -84,7 +84,7 @@ def build_result(
     }
 
 
-def describe_stages(run: MeasuredRun, blocks_per_stage: Sequence[int]) -> list[dict[str, Any]]:
+def describe_stages(run: MeasuredRun, blocks_per_part: Sequence[int]) -> list[dict[str, Any]]:
     """What each stage holds and computes, and its mean seconds per micro-batch."""
     micro_batches = len(run.timed) * run.config.num_micro_batches
     return [
@@ -94,5 +94,5 @@ def describe_stages(run: MeasuredRun, blocks_per_stage: Sequence[int]) -> list[d
             "forward_seconds": sum(record.forward_seconds[stage] for record in run.timed) / micro_batches,
             "backward_seconds": sum(record.backward_seconds[stage] for record in run.timed) / micro_batches,
         }
-        for stage, counted in enumerate(stage_counts(run.config, blocks_per_stage))
+        for stage, counted in enumerate(stage_counts(run.config, blocks_per_part))
     ]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.model.groups import Group
+from harness.model.weight_gradients import WeightGradients, product_gradients
 
 SEQUENCE = -2
 """The dimension that sequence parallelism slices: [batch, sequence, hidden]."""
@@ -76,12 +77,17 @@ def gather_last_dim(tensor: Tensor, group: Group | None) -> Tensor:
     return tensor if group is None else _GatherLastDim.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
-def gathered_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+def gathered_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
+) -> Tensor:
     """f of sequence parallelism and the product it feeds: [..., sequence/ranks, in] -> [..., sequence, out].
 
     Only this rank's slice is kept for backward, which gathers the others again (arXiv 2205.05198, section 4.2.2).
+
+    Args:
+        later: takes the gradients of weight and bias; None: backward computes them at once.
     """
-    return _GatheredLinear.apply(hidden, weight, bias, group)  # type: ignore[no-untyped-call, no-any-return]
+    return _GatheredLinear.apply(hidden, weight, bias, group, later)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def scatter_sum(tensor: Tensor, group: Group) -> Tensor:
@@ -141,18 +147,26 @@ class _GatherLastDim(torch.autograd.Function):
 
 class _GatheredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        ctx.group = group
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
+    ) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.weight, ctx.bias, ctx.group, ctx.later = weight, bias, group, later
         return F.linear(_gather(hidden, SEQUENCE, group), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
-        hidden_gradient = _scatter_sum(gradients[0] @ weight, SEQUENCE, ctx.group)
-        rows = gradients[0].flatten(0, -2)
-        weight_gradient = rows.t() @ _gather(hidden, SEQUENCE, ctx.group).flatten(0, -2)
-        return hidden_gradient, weight_gradient, rows.sum(dim=0) if ctx.needs_input_grad[2] else None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (hidden,), gradient, weight, bias, group = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias, ctx.group
+
+        def of_weights() -> list[tuple[Tensor, Tensor]]:
+            return product_gradients(gradient, _gather(hidden, SEQUENCE, group), weight, bias)
+
+        hidden_gradient = _scatter_sum(gradient @ weight, SEQUENCE, group)
+        if ctx.later is not None:
+            ctx.later.leave(of_weights)
+            return hidden_gradient, None, None, None, None
+        (_, weight_gradient), *of_bias = of_weights()
+        return hidden_gradient, weight_gradient, of_bias[0][1] if of_bias else None, None, None
 
 
 class _ScatterSum(torch.autograd.Function):

@@ -18,7 +18,8 @@ from harness.spec.config import EmulatedModel
 class EmulatedBlock(TransformerBlock):
     """Adds a learned vector [hidden], and takes a set time for it, forward and backward.
 
-    The waits are a sequence of the block's own, the same in every layout.
+    The waits are a sequence of the block's own, the same in every layout. Half of a backward wait belongs to the
+    weights where a schedule computes their gradients later.
     """
 
     factor: float = 1.0
@@ -35,7 +36,7 @@ class EmulatedBlock(TransformerBlock):
         nn.Module.__init__(self)  # nothing of what a block computes with
         self.activation_checkpointing = activation_checkpointing
         self.streams = streams or RandomStreams()
-        self.parts = tp.parts
+        self.parts, self.later = tp.parts, tp.later
         self.weight = nn.Parameter(torch.empty(model.hidden_size))
         self._model = model
         self._random = random.Random(name)
@@ -52,8 +53,16 @@ class EmulatedBlock(TransformerBlock):
         self._wait(self._model.forward_seconds)
 
     def wait_backward(self) -> None:
-        """Take the time of a backward pass."""
-        self._wait(self._model.backward_seconds)
+        """Take the time of a backward pass, or of its first half."""
+        if self.later is None:
+            self._wait(self._model.backward_seconds)
+            return
+        self._wait(self._model.backward_seconds / 2)
+        self.later.leave(self._wait_for_weights)
+
+    def _wait_for_weights(self) -> list[tuple[Tensor, Tensor]]:
+        self._wait(self._model.backward_seconds / 2)
+        return []
 
 
 def set_stage(module: nn.Module, model: EmulatedModel, stage: int) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from harness.model.weight_gradients import WeightGradients
 from harness.spec.topology import Topology
 
 
@@ -82,11 +83,13 @@ class TensorParallel:
     """Between attention and feed-forward layers each rank holds 1/size of the sequence (arXiv 2205.05198)."""
     parts: Parts = field(default_factory=Parts, compare=False)
     """What all layers tell of what they do inside a pass."""
+    later: WeightGradients | None = field(default=None, compare=False)
+    """Where all layers leave the second half of their backward passes; None: they are not split."""
 
     @classmethod
-    def single(cls) -> TensorParallel:
+    def single(cls, later: WeightGradients | None = None) -> TensorParallel:
         """One rank, no communication."""
-        return cls(group=None, rank=0, size=1, kv_group=None, kv_size=1)
+        return cls(group=None, rank=0, size=1, kv_group=None, kv_size=1, later=later)
 
     @property
     def slice_rank(self) -> int | None:
@@ -105,16 +108,18 @@ def build_tensor_parallel(
     num_key_value_heads: int,
     group: Group | None = None,
     sequence_parallel: bool = False,
+    later: WeightGradients | None = None,
 ) -> TensorParallel:
     """The groups of `rank`; every rank of the topology calls this at the same time.
 
     Args:
         group: this rank's tensor-parallel group if there is one already, else it is created.
         sequence_parallel: without effect on one rank.
+        later: where layers leave the gradients of weights; None: they compute them at once.
     """
     size = topology.tp
     if size == 1:
-        return TensorParallel.single()
+        return TensorParallel.single(later)
     if group is None:
         group = Group(create_groups(topology.groups("tp"), rank))
     kv_size = max(1, size // num_key_value_heads)
@@ -123,7 +128,8 @@ def build_tensor_parallel(
         kv_group = group
     elif kv_size > 1:
         kv_group = Group(create_groups(topology.tp_subgroups(kv_size), rank), group.parts)
-    return TensorParallel(group, topology.coordinate(rank).tp, size, kv_group, kv_size, sequence_parallel, group.parts)
+    tp_rank = topology.coordinate(rank).tp
+    return TensorParallel(group, tp_rank, size, kv_group, kv_size, sequence_parallel, group.parts, later)
 
 
 def create_groups(members: list[list[int]], rank: int) -> ProcessGroup:

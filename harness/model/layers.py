@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.model.collectives import (
@@ -21,14 +20,15 @@ from harness.model.collectives import (
     scatter_sum,
 )
 from harness.model.groups import TensorParallel
+from harness.model.weight_gradients import embedding, linear
 
 
 def split_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
     """f and a matrix product split over its outputs: [batch, slice, in] -> [batch, sequence, out/tp]."""
     if tp.sequence_parallel:
         assert tp.group is not None
-        return gathered_linear(hidden, weight, bias, tp.group)
-    return F.linear(copy_to_tensor_parallel(hidden, tp.group), weight, bias)
+        return gathered_linear(hidden, weight, bias, tp.group, tp.later)
+    return linear(copy_to_tensor_parallel(hidden, tp.group), weight, bias, tp.later)
 
 
 def sum_of_parts(part: Tensor, tp: TensorParallel) -> Tensor:
@@ -73,8 +73,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, sequence, in_features/tp] -> [batch, slice, out_features]."""
         if self.tp.group is None:
-            return F.linear(hidden, self.weight, self.bias)
-        output = sum_of_parts(F.linear(hidden, self.weight), self.tp)
+            return linear(hidden, self.weight, self.bias, self.tp.later)
+        output = sum_of_parts(linear(hidden, self.weight, None, self.tp.later), self.tp)
         # After the sum, or it would count once per rank.
         return output if self.bias is None else output + self.bias
 
@@ -94,11 +94,11 @@ class VocabParallelEmbedding(VocabularyMatrix):
     def forward(self, tokens: Tensor) -> Tensor:
         """[batch, sequence] integers -> [batch, slice, hidden]."""
         if self.tp.group is None:
-            return F.embedding(tokens, self.weight)
+            return embedding(tokens, self.weight, self.tp.later)
         num_rows = self.weight.shape[0]
         rows = tokens - self.tp.rank * num_rows
         elsewhere = (rows < 0) | (rows >= num_rows)
-        embedded = F.embedding(rows.masked_fill_(elsewhere, 0), self.weight)
+        embedded = embedding(rows.masked_fill_(elsewhere, 0), self.weight, self.tp.later)
         embedded = embedded.masked_fill_(elsewhere.unsqueeze(-1), 0)
         return sum_of_parts(embedded, self.tp)
 

@@ -16,6 +16,14 @@ probabilities). 4 h are the inputs of both norms and of both first projections; 
 feed-forward layer the input of the activation and what follows it (if gated: gate and up, the activated gate, their
 product); then the attention's and the norms' statistics. PyTorch's RMSNorm on CPU is no single kernel and keeps
 more. What lives for a moment only (workspaces, gradients of activations, buckets of reductions) is not counted.
+
+A schedule that splits backward passes (arXiv 2401.10241) keeps, from the first half to the second, what the gradients
+of weights are made of: the input of every matrix product and the gradient of its output,
+
+    gpt2   B (2 h / u + 2 h + (2 q + 2 k + 2 f) / t)
+    llama  B (2 h / u + 2 h + (2 q + 2 k + 3 f) / t)
+
+per token and block, also where activation checkpointing had to compute the inputs again.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from typing import Any
 from harness.spec.config import Model, Parallel, RunConfig
 from harness.spec.counts import stage_parameters_per_rank
 from harness.spec.precision import PRECISIONS, PrecisionName
-from harness.spec.schedules import schedule_of
+from harness.spec.schedules import Schedule, most_held, schedule_of
 
 FP32_BYTES = PRECISIONS["fp32"].bytes_per_value
 
@@ -44,9 +52,9 @@ class StageMemory:
     activation_bytes: float
     """At their peak, with all micro-batches in flight."""
     buffer_bytes: float
-    """What the stage receives into."""
-    micro_batches_in_flight: int
-    """Forward passes done whose backward pass is not, at most."""
+    """What the stage receives into, ahead of its passes."""
+    micro_batches_in_flight: float
+    """Forward passes done whose backward pass is not, at most; a pass of one of v chunks is 1/v."""
 
     @property
     def total_bytes(self) -> float:
@@ -55,31 +63,34 @@ class StageMemory:
         return sum(parts) + self.activation_bytes + self.buffer_bytes
 
 
-def memory_per_stage(config: RunConfig, layers_per_stage: Sequence[int]) -> list[StageMemory]:
+def memory_per_stage(config: RunConfig, layers_per_part: Sequence[int]) -> list[StageMemory]:
     """Counted memory of one rank of every stage, in order."""
-    parallel, train = config.parallel, config.train
-    p, value = len(layers_per_stage), PRECISIONS[train.precision].bytes_per_value
-    in_flight = schedule_of(config).micro_batches_in_flight
+    parallel, train, schedule = config.parallel, config.train, schedule_of(config)
+    placement, value = schedule.placement, PRECISIONS[train.precision].bytes_per_value
     stages = []
-    for stage, layers in enumerate(layers_per_stage):
-        held = stage_parameters_per_rank(config.model, parallel.tp, layers, stage == 0, stage == p - 1)
+    for stage, instructions in enumerate(schedule.stages):
+        parts = placement.parts_of(stage)
+        first, last = 0 in parts, placement.num_parts - 1 in parts
+        layers = sum(layers_per_part[part] for part in parts)
+        held = stage_parameters_per_rank(config.model, parallel.tp, layers, first, last)
         received = train.micro_batch_size * train.sequence_length * config.model.hidden_size * value
         received //= num_slices(parallel)
+        lanes = {(i.kind, i.chunk) for i in instructions if i.kind in ("recv_activation", "recv_gradient")}
         stages.append(
             StageMemory(
                 parameter_bytes=held * value,
                 gradient_bytes=held * gradient_bytes_per_parameter(config),
                 optimizer_bytes=held * optimizer_bytes_per_parameter(config),
-                activation_bytes=activation_bytes(config, layers, stage, p, in_flight[stage]),
-                buffer_bytes=received * ((stage > 0) + (stage < p - 1)),
-                micro_batches_in_flight=in_flight[stage],
+                activation_bytes=activation_bytes(config, layers_per_part, schedule, stage),
+                buffer_bytes=received * len(lanes),
+                micro_batches_in_flight=schedule.most_in_flight[stage],
             )
         )
     return stages
 
 
 def memory_beside_measured(
-    config: RunConfig, layers_per_stage: Sequence[int], peak_bytes: Sequence[int], device_kind: str
+    config: RunConfig, layers_per_part: Sequence[int], peak_bytes: Sequence[int], device_kind: str
 ) -> list[dict[str, Any]]:
     """Counted parts of one rank of every stage, and the measured peak of the stage's largest rank.
 
@@ -97,7 +108,7 @@ def memory_beside_measured(
             "measured_peak_bytes": max(peak_bytes[rank] for rank in ranks),
             "measured": measured,
         }
-        for stage, (ranks, counted) in enumerate(zip(stages, memory_per_stage(config, layers_per_stage), strict=True))
+        for stage, (ranks, counted) in enumerate(zip(stages, memory_per_stage(config, layers_per_part), strict=True))
     ]
 
 
@@ -139,38 +150,45 @@ def block_activation_bytes_per_token(model: Model, parallel: Parallel, precision
     return values * value + statistics * FP32_BYTES + masks
 
 
-def activation_bytes(
-    config: RunConfig, layers: int, stage: int, num_stages: int, micro_batches_in_flight: int
-) -> float:
+def put_off_bytes_per_token(model: Model, parallel: Parallel, precision: PrecisionName) -> float:
+    """What one block keeps between the halves of a split backward pass, on one rank."""
+    architecture = model.architecture
+    if not architecture.computes:
+        return 0.0
+    queries = model.num_attention_heads * model.head_dim / parallel.tp
+    keys = model.num_key_value_heads * model.head_dim / parallel.tp
+    inner = model.intermediate_size / parallel.tp
+    inputs = 2 * model.hidden_size / num_slices(parallel) + queries + inner
+    outputs = 2 * model.hidden_size + queries + 2 * keys + (2 if architecture.gated else 1) * inner
+    return (inputs + outputs) * PRECISIONS[precision].bytes_per_value
+
+
+def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule: Schedule, stage: int) -> float:
     """Activations on one rank of a stage at their peak.
 
-    Per micro-batch in flight: what the blocks save (with activation checkpointing their inputs, and all of
-    one block once, while it is computed again), and DeepSpeed's copies of what came in and went out. On
-    the last stage also the final norm, the logits and their fp32 exponentials; DeepSpeed holds the logits
-    of the micro-batch before until they are overwritten.
+    Per micro-batch in flight with a chunk: what its blocks save (with activation checkpointing their inputs, and all
+    of one block once, while it is computed again), and what it sends; with the last part the inputs of the final norm
+    and of the head, and the exponentials of the loss. The logits live for a moment, of one micro-batch.
     """
-    model, train = config.model, config.train
-    value = PRECISIONS[train.precision].bytes_per_value
-    slices = num_slices(config.parallel)
+    model, train, placement = config.model, config.train, schedule.placement
+    value, slices = PRECISIONS[train.precision].bytes_per_value, num_slices(config.parallel)
     hidden = model.hidden_size * value / slices
     block = block_activation_bytes_per_token(model, config.parallel, train.precision)
+    put_off = put_off_bytes_per_token(model, config.parallel, train.precision)
     checkpointing = train.activation_checkpointing == "full"
-    kept = layers * (hidden if checkpointing else block)
-    ends = hidden * ((stage > 0) + (stage < num_stages - 1))
-    if stage == 0 and model.dropout > 0:
-        ends += model.hidden_size / slices  # the embedding's mask
-    per_token = micro_batches_in_flight * (kept + ends)
+    columns = model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
+    sends = {i.chunk for i in schedule.stages[stage] if i.kind == "send_activation"}
+    held, waiting = [], []
+    for chunk, part in enumerate(placement.parts_of(stage)):
+        first, last = placement.begins(stage, chunk), placement.ends(stage, chunk)
+        of_blocks = layers_per_part[part] * (hidden if checkpointing else block) + hidden * (chunk in sends)
+        mask = model.hidden_size / slices if first and model.dropout > 0 else 0
+        held.append(of_blocks + mask + (2 * hidden + FP32_BYTES * columns) * last)
+        of_ends = model.hidden_size * value * first + (hidden + value * columns) * last
+        waiting.append(layers_per_part[part] * put_off + of_ends)
+    per_token = most_held(schedule.stages[stage], held, waiting if schedule.splits_backward else held)
     if checkpointing:
         per_token += block
-    if stage == num_stages - 1:
-        per_token += 2 * hidden + head_activation_bytes_per_token(config)
+    if placement.num_parts - 1 in placement.parts_of(stage):
+        per_token += value * columns * (2 if value < FP32_BYTES else 1)
     return per_token * train.micro_batch_size * train.sequence_length
-
-
-def head_activation_bytes_per_token(config: RunConfig) -> float:
-    """Logits of this and the last micro-batch, their exponentials in fp32 and, below fp32, in the model's type."""
-    value = PRECISIONS[config.train.precision].bytes_per_value
-    columns = config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
-    logits = value * min(2, config.num_micro_batches)
-    exponentials = FP32_BYTES + (value if value < FP32_BYTES else 0)
-    return columns * (logits + exponentials)

@@ -26,7 +26,7 @@ from harness.record.spread import detect_warmup, drift
 from harness.record.steps import perplexity
 from harness.spec.config import RunConfig
 from harness.spec.counts import parameters
-from harness.spec.schedules import ideal_bubble_fraction_of, ideal_bubble_overhead_of
+from harness.spec.schedules import ideal_bubble_fraction_of, ideal_bubble_overhead_of, schedule_of
 
 # --- how repeats combine: functions of the values that a point's measurements have, oldest first
 
@@ -500,6 +500,29 @@ COLUMNS = (
         layout="parallel.engine",
         asked=str,
         shown=Shown(("", "engine"), place=SETTING, only_varying=True),
+    ),
+    Column(
+        "num_chunks",
+        "",
+        "parts of the model on each stage",
+        layout="parallel.num_chunks",
+        asked=int,
+        shown=Shown(("chunks", "/stage"), place=STAGES, only_varying=True),
+    ),
+    Column(
+        "micro_batches_in_flight",
+        "",
+        "forward passes done whose backward pass is not, at most, on the stage with most; a pass of one of v chunks "
+        "counts 1/v. So many times a stage holds the activations of a micro-batch",
+        layout=lambda config: max(schedule_of(config).most_in_flight),
+        shown=Shown(("in", "flight"), place=STAGES, only_varying=True),
+    ),
+    Column(
+        "schedule_memory",
+        "",
+        "limit of micro_batches_in_flight over pp with zb_auto and zb_v",
+        layout="parallel.schedule_memory",
+        asked=float,
     ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""

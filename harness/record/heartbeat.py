@@ -20,8 +20,9 @@ from harness.record.store import is_alive, this_process
 
 FOLDER = "heartbeat"
 """Inside an attempt."""
-MARK = struct.Struct("<qqqq64s")
-"""Monotonic nanoseconds, step (from 1; 0: not an instruction), micro-batch (from 0; or -1), place in STANDS, what."""
+MARK = struct.Struct("<qqqqq64s")
+"""Monotonic nanoseconds, step (from 1; 0: not an instruction), micro-batch and chunk (from 0; or -1), place in STANDS,
+what."""
 MOMENT = struct.Struct("<q")
 """The beginning of a MARK."""
 STANDS = ("in", "after", "enqueuing", "after enqueuing")
@@ -54,10 +55,13 @@ class Heartbeat:
     """An instruction, as in spans/, or a phase."""
     process: Mapping[str, Any]
     """`this_process` of the rank."""
+    chunk: int = -1
+    """Counted from 0; -1 where a stage has one."""
 
     def __str__(self) -> str:
         where = f"{self.stands} {self.what}"
         of = f" of micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
+        of += f", chunk {self.chunk}" if of and self.chunk >= 0 else ""
         return f"{where}{of}, step {self.step}" if self.step else where
 
     def is_gone(self) -> bool:
@@ -73,7 +77,9 @@ class Heart:
         if (found := _read(path)) is None or found.process != this_process():
             path.parent.mkdir(exist_ok=True)
             # On disk before it is mapped: a full disk is an error here, not a signal later.
-            path.write_bytes(MARK.pack(time.monotonic_ns(), 0, 0, 0, b"start") + json.dumps(this_process()).encode())
+            path.write_bytes(
+                MARK.pack(time.monotonic_ns(), 0, 0, -1, 0, b"start") + json.dumps(this_process()).encode()
+            )
         with path.open("r+b") as file:
             self._view = mmap.mmap(file.fileno(), MARK.size)
 
@@ -81,9 +87,9 @@ class Heart:
         """Begin something that is not an instruction, which shall take less than launch.hang_seconds."""
         self.mark(0, 0, 0, what.encode())
 
-    def mark(self, step: int, micro_batch: int, stands: int, what: bytes) -> None:
+    def mark(self, step: int, micro_batch: int, stands: int, what: bytes, chunk: int = -1) -> None:
         """Note where the rank stands now."""
-        MARK.pack_into(self._view, 0, time.monotonic_ns(), step, micro_batch, stands, what)
+        MARK.pack_into(self._view, 0, time.monotonic_ns(), step, micro_batch, chunk, stands, what)
 
     def go_on(self) -> None:
         """Note progress where the rank stands."""
@@ -117,9 +123,9 @@ def _read(path: Path) -> Heartbeat | None:
     """The heartbeat in a file; None when it is missing, damaged or of another format."""
     try:
         content = path.read_bytes()
-        moment_ns, step, micro_batch, stands, what = MARK.unpack_from(content)
+        moment_ns, step, micro_batch, chunk, stands, what = MARK.unpack_from(content)
         text, process = what.rstrip(b"\0").decode(errors="replace"), json.loads(content[MARK.size :])
-        return Heartbeat(int(path.name[4:]), moment_ns, step, micro_batch, STANDS[stands], text, process)
+        return Heartbeat(int(path.name[4:]), moment_ns, step, micro_batch, STANDS[stands], text, process, chunk)
     except (OSError, ValueError, IndexError, struct.error):
         return None
 

@@ -32,6 +32,8 @@ LARGEST_FONT, SMALLEST_FONT = 9.0, 5.0
 def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, title: str) -> None:
     """Draw one step of a pipeline: a row per rank, a box per forward and backward with its micro-batch number.
 
+    Passes of a stage's second chunk are lighter than those of its first, and so on.
+
     Args:
         spans_by_rank: spans of one step, on one clock; rows keep this order, the first on top.
         path: PNG file to write.
@@ -50,7 +52,8 @@ def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, ti
     axes = figure.add_subplot()
     for row, span in boxes:
         start, length = (span.start_ns - origin) / 1e6, span.seconds * 1e3
-        axes.barh(row, length, left=start, height=0.86, color=FILLS[span.kind][0], edgecolor="white", linewidth=0.8)
+        fill = _lighter(FILLS[span.kind][0], span.chunk)
+        axes.barh(row, length, left=start, height=0.86, color=fill, edgecolor="white", linewidth=0.8)
         if fonts.get(span.kind, 0) >= SMALLEST_FONT:
             axes.text(start + length / 2, row, str(span.micro_batch), size=fonts[span.kind], color="white",
                       weight="bold", ha="center", va="center_baseline", clip_on=True)  # fmt: skip
@@ -58,13 +61,15 @@ def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, ti
     axes.set_yticks(range(len(spans_by_rank)), [f"rank {rank}" for rank in spans_by_rank])
     axes.set_ylim(len(spans_by_rank) - 0.5, -0.5)
     axes.set_xlim(0, milliseconds)
-    axes.set_xlabel("ms")
+    axes.set_xlabel("ms", loc="left")
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", colors="#555555")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#999999")
     legend = {label: colour for kind, (colour, label) in FILLS.items() if any(span.kind == kind for _, span in boxes)}
     patches = [Patch(facecolor=colour, label=label) for label, colour in legend.items()]
+    if any(span.chunk for _, span in boxes):
+        patches.append(Patch(facecolor=_lighter(FILLS["forward"][0], 1), label="lighter: later chunks"))
     axes.legend(handles=patches, loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=1.7, ncols=len(patches),
                 frameon=False, handlelength=1, handleheight=1, columnspacing=1.4)  # fmt: skip
     figure.savefig(path)
@@ -106,6 +111,14 @@ def accounting_picture(accounting: Sequence[Mapping[str, Any]], path: Path, titl
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, handlelength=1, handleheight=1)
     figure.savefig(path)
+
+
+def _lighter(colour: str, times: int) -> tuple[float, float, float]:
+    """A colour, each time a third nearer to white."""
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = (1 - (1 - part) * (2 / 3) ** times for part in to_rgb(colour))
+    return red, green, blue
 
 
 def _font_size(spans: Sequence[Span], milliseconds: float) -> float:

@@ -57,7 +57,7 @@ def write_result(
     phase("writing the result")
     if loop.rank == 0:
         run, engine = replace(run, gemm_flops_per_second=gemm), loop.engine
-        facts = (engine.blocks_per_stage, loop.peak_bytes, corpus, engine.optimizer_name)
+        facts = (engine.blocks_per_part, loop.peak_bytes, corpus, engine.optimizer_name)
         result = build_result(attempt, run, *facts, extras)
         write_json(attempt.result_file, result)
         attempt.partial_result_file.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
 from harness.spec.precision import PRECISIONS
-from harness.spec.schedules import SCHEDULES, Stage
+from harness.spec.schedules import SCHEDULES, check_sizes
 from harness.spec.versions import later_in
 
 
@@ -24,9 +24,9 @@ def check(config: RunConfig, machine: Machine) -> None:
     """
     _check_model(config)
     _check_tensor_parallel(config.model, config.parallel)
-    _check_pipeline(config.model, config.parallel)
     _check_batch(config)
     _check_schedule(config)
+    _check_pipeline(config.model, config.parallel)
     _check_training(config, machine)
     _check_tracking(config)
     _check_devices(config, machine)
@@ -91,16 +91,19 @@ def _check_tensor_parallel(model: Model, parallel: Parallel) -> None:
 
 
 def _check_pipeline(model: Model, parallel: Parallel) -> None:
-    if parallel.pp > model.num_hidden_layers:
+    num_chunks = parallel.num_chunks
+    num_parts, each = parallel.pp * num_chunks, f" x parallel.num_chunks={num_chunks}" if num_chunks > 1 else ""
+    noun = "parts" if each else "stages"
+    if num_parts > model.num_hidden_layers:
         raise ConfigError(
-            f"parallel.pp={parallel.pp} stages exceed model.num_hidden_layers={model.num_hidden_layers}; "
-            f"every stage needs a layer: use pp {model.num_hidden_layers} or less"
+            f"parallel.pp={parallel.pp}{each} {noun} exceed model.num_hidden_layers={model.num_hidden_layers}; "
+            f"every {noun[:-1]} needs a layer: use pp{' x num_chunks' * bool(each)} {model.num_hidden_layers} or less"
         )
     if isinstance(parallel.partition, list):
-        if len(parallel.partition) != parallel.pp:
+        if len(parallel.partition) != num_parts:
             raise ConfigError(
-                f"parallel.partition={parallel.partition} names {len(parallel.partition)} stages, "
-                f"but parallel.pp={parallel.pp}; give one number of layers per stage"
+                f"parallel.partition={parallel.partition} names {len(parallel.partition)} {noun}, "
+                f"but parallel.pp={parallel.pp}{each}; give one number of layers per {noun[:-1]}"
             )
         if sum(parallel.partition) != model.num_hidden_layers:
             raise ConfigError(
@@ -129,17 +132,18 @@ def _check_batch(config: RunConfig) -> None:
 
 def _check_schedule(config: RunConfig) -> None:
     parallel = config.parallel
-    running = [name for name, kind in SCHEDULES.items() if kind.runs]
-    if parallel.schedule not in running:
-        raise ConfigError(f"parallel.schedule={parallel.schedule} is not available; use {' or '.join(running)}")
+    if parallel.schedule not in SCHEDULES:
+        raise ConfigError(f"parallel.schedule={parallel.schedule} is not available; use {_or(list(SCHEDULES))}")
     try:
-        used = {i.kind for i in SCHEDULES[parallel.schedule].generate(Stage(0, parallel.pp, config.num_micro_batches))}
+        check_sizes(
+            parallel.schedule, parallel.pp, config.num_micro_batches, parallel.num_chunks, parallel.schedule_memory
+        )
     except ValueError as error:
         raise ConfigError(f"parallel.schedule={parallel.schedule}: {error}") from None
-    if unknown := used - engine_kind(parallel.engine).kinds:
+    if SCHEDULES[parallel.schedule].splits and not engine_kind(parallel.engine).splits_backward:
         raise ConfigError(
-            f"parallel.schedule={parallel.schedule} has {min(unknown)}, which parallel.engine={parallel.engine} can't "
-            "execute; use another schedule or engine"
+            f"parallel.schedule={parallel.schedule} splits backward passes, which parallel.engine={parallel.engine} "
+            "can't; use another schedule or engine"
         )
 
 

@@ -129,13 +129,18 @@ class Parallel(Section):
     schedule: str
     """Order of forwards and backwards, an entry of `harness.spec.schedules`."""
     partition: Literal["uniform", "parameters", "cost"] | list[PositiveInt]
-    """Layers per stage: balanced by number, parameters or FLOPs (head included), or listed."""
+    """Layers per stage: balanced by number, parameters or FLOPs (head included), or listed. Where stages have several
+    chunks, layers per part, in the order of the model."""
     zero_stage: Literal[0, 1, 2, 3]
     """ZeRO optimizer sharding over data-parallel ranks."""
     sequence_parallel: bool
     """Between attention and feed-forward layers each tensor-parallel rank holds 1/tp of the sequence."""
     engine: str = "deepspeed"
     """What trains, an entry of `harness.spec.engines`; torch: plain torch on one rank."""
+    num_chunks: PositiveInt = 1
+    """Parts of the model on each stage (`null` in the configuration: 1, or 2 with interleaved, zb_v and dualpipev)."""
+    schedule_memory: PositiveFloat = 1.0
+    """Activations that a stage may hold with zb_auto and zb_v, in multiples of those of 1F1B's first stage."""
 
     @property
     def topology(self) -> Topology:

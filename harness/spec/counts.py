@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from harness.spec.config import Model, RunConfig
 from harness.spec.parameters import ParameterSpec, block_specs, embedding_specs, head_specs, tied_specs
+from harness.spec.schedules import placement_of
 
 
 def block_parameters(model: Model) -> int:
@@ -134,15 +135,17 @@ class StageCounts:
     """Of one micro-batch."""
 
 
-def stage_counts(config: RunConfig, layers_per_stage: Sequence[int]) -> list[StageCounts]:
+def stage_counts(config: RunConfig, layers_per_part: Sequence[int]) -> list[StageCounts]:
     """Counts of every stage, in order."""
-    model, train = config.model, config.train
+    model, train, placement = config.model, config.train, placement_of(config.parallel)
     tokens = train.micro_batch_size * train.sequence_length
-    last = len(layers_per_stage) - 1
     counts = []
-    for stage, layers in enumerate(layers_per_stage):
-        held = stage_parameters_per_rank(model, 1, layers, stage == 0, stage == last)
+    for stage in range(placement.num_stages):
+        parts = placement.parts_of(stage)
+        layers = sum(layers_per_part[part] for part in parts)
+        first, last = 0 in parts, placement.num_parts - 1 in parts
+        held = stage_parameters_per_rank(model, 1, layers, first, last)
         flops = layers * block_forward_flops(model, train.sequence_length)
-        flops += head_forward_flops(model) if stage == last else 0
+        flops += head_forward_flops(model) if last else 0
         counts.append(StageCounts(layers, held, flops * tokens))
     return counts

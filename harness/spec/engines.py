@@ -12,13 +12,6 @@ if TYPE_CHECKING:
     from harness.spec.config import RunConfig
 
 
-WHOLE_PASSES = frozenset(
-    """load forward backward send_activation recv_activation send_gradient recv_gradient reduce_tied_gradients
-    reduce_gradients optimizer reduce_loss""".split()
-)
-"""Kinds of instructions whose backward passes are not split."""
-
-
 @dataclass(frozen=True)
 class EngineKind:
     """What is to be known of an engine before it is built."""
@@ -27,8 +20,8 @@ class EngineKind:
     """Has `build`, as `harness.run.engines.engine.Build`."""
     check: Callable[[RunConfig], None]
     """Raises ConfigError for what the engine can't run."""
-    kinds: frozenset[str] = WHOLE_PASSES
-    """Instructions it executes."""
+    splits_backward: bool = False
+    """Whether it computes gradients of inputs and of weights one after the other, where a schedule asks for that."""
 
 
 def check_deepspeed(config: RunConfig) -> None:
@@ -64,7 +57,7 @@ def check_torch(config: RunConfig) -> None:
 
 
 ENGINES: dict[str, EngineKind] = {
-    "deepspeed": EngineKind("harness.run.engines.deepspeed.engine", check_deepspeed),
+    "deepspeed": EngineKind("harness.run.engines.deepspeed.engine", check_deepspeed, splits_backward=True),
     "torch": EngineKind("harness.run.engines.torch.engine", check_torch),
 }
 

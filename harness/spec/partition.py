@@ -1,7 +1,7 @@
-"""Which layers go to which pipeline stage.
+"""How the layers are cut into the parts of a pipeline (`harness.spec.placement` says which stage has which).
 
-The embedding belongs to the first stage and the head to the last; the transformer blocks between them
-are split into contiguous runs, at least one block per stage.
+The embedding belongs to the first part and the head to the last; the transformer blocks between them are split into
+contiguous runs, at least one block per part. With one chunk per stage, a part is a stage.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from harness.spec.counts import (
 )
 
 
-def layers_per_stage(model: Model, parallel: Parallel, sequence_length: int) -> list[int]:
-    """Transformer blocks of each stage, by `parallel.partition`.
+def layers_per_part(model: Model, parallel: Parallel, sequence_length: int) -> list[int]:
+    """Transformer blocks of each part, by `parallel.partition`.
 
     Returns:
-        pp numbers, each at least 1, whose sum is `model.num_hidden_layers`.
+        pp x num_chunks numbers, each at least 1, whose sum is `model.num_hidden_layers`.
     """
     method = parallel.partition
     if isinstance(method, list):
@@ -37,25 +37,25 @@ def layers_per_stage(model: Model, parallel: Parallel, sequence_length: int) -> 
         )
     else:
         first, block, last = 0, block_forward_flops(model, sequence_length), head_forward_flops(model)
-    return balance(model.num_hidden_layers, parallel.pp, block, first, last)
+    return balance(model.num_hidden_layers, parallel.pp * parallel.num_chunks, block, first, last)
 
 
-def balance(num_layers: int, num_stages: int, block: float, first: float = 0, last: float = 0) -> list[int]:
-    """Split equal blocks over stages so that the heaviest stage is as light as can be.
+def balance(num_layers: int, num_parts: int, block: float, first: float = 0, last: float = 0) -> list[int]:
+    """Split equal blocks over parts so that the heaviest part is as light as can be.
 
-    Blocks are alike, so handing out one at a time to the stage that is lightest with it is optimal.
-    Ties go to the earlier stage.
+    Blocks are alike, so handing out one at a time to the part that is lightest with it is optimal.
+    Ties go to the earlier part.
 
     Args:
         block: weight of one block.
-        first: weight that the first stage carries besides (the embedding).
-        last: weight that the last stage carries besides (the head).
+        first: weight that the first part carries besides (the embedding).
+        last: weight that the last part carries besides (the head).
     """
-    stages = [1] * num_stages
-    extra = [0.0] * num_stages
+    parts = [1] * num_parts
+    extra = [0.0] * num_parts
     extra[0] += first
     extra[-1] += last
-    for _ in range(num_layers - num_stages):
-        lightest = min(range(num_stages), key=lambda s: ((stages[s] + 1) * block + extra[s], s))
-        stages[lightest] += 1
-    return stages
+    for _ in range(num_layers - num_parts):
+        lightest = min(range(num_parts), key=lambda part: ((parts[part] + 1) * block + extra[part], part))
+        parts[lightest] += 1
+    return parts

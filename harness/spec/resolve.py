@@ -16,6 +16,7 @@ from harness.errors import ConfigError
 from harness.machine import Machine
 from harness.spec.checks import check
 from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.schedules import SCHEDULES
 from harness.spec.transformers_config import resolve_model
 
 
@@ -39,6 +40,7 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
     if isinstance(resume := raw["train"].get("resume"), str):
         raw["train"]["resume"] = str(find_checkpoint(resume))
     _resolve_dp(raw["parallel"], machine)
+    _resolve_chunks(raw["parallel"])
     _resolve_threads(raw["launch"], raw["parallel"], machine)
     try:
         config = RunConfig.model_validate(raw)
@@ -62,6 +64,13 @@ def _resolve_dp(parallel: dict[str, Any], machine: Machine) -> None:
             "choose tp x pp that divides the number of devices, or give parallel.dp a number"
         )
     parallel["dp"] = machine.num_devices // (tp * pp)
+
+
+def _resolve_chunks(parallel: dict[str, Any]) -> None:
+    """Replace null by what the schedule has where nothing is asked for."""
+    if parallel.get("num_chunks") is None:
+        kind = SCHEDULES.get(str(parallel.get("schedule")))
+        parallel["num_chunks"] = kind.num_chunks if kind else 1
 
 
 def _resolve_threads(launch: dict[str, Any], parallel: dict[str, Any], machine: Machine) -> None:

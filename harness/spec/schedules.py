@@ -1,23 +1,29 @@
-"""Pipeline schedules as data: which stage does what, in which order, and what follows from that.
+"""Pipeline schedules as data: which stage computes what, in which order, and what follows from that.
 
-A schedule is one entry of `SCHEDULES`, whose generator gets a `Stage` and yields that stage's instructions; the end
-of the step (reductions and optimizer) is the same in all and added here. Engines execute these instructions, the
-simulator times them, and the tracer's spans have their kinds, so that a simulated and a measured step compare span by
-span. Who talks to whom, how many micro-batches are in flight and how large the ideal bubble is, is said nowhere else.
+A schedule is one entry of `SCHEDULES`, whose generator yields the passes of a stage in order. What surrounds them
+follows from where the parts of the model are (`harness.spec.placement`): a pass receives what it needs just before it
+begins, and its result is on the way as soon as it ends; a hand-over inside a stage is no transfer. The end of the step
+(reductions and optimizer) is the same in all. Engines execute these instructions, the simulator times them, and the
+tracer's spans have their kinds, so that a simulated and a measured step compare span by span. Who talks to whom, how
+many micro-batches are in flight and how large the ideal bubble is, is said nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.errors import ConfigError
+from harness.spec.passes import Orders, Pass, PassSeconds, time_passes
+from harness.spec.placement import Placement
+from harness.spec.zero_bubble import list_schedule
 
 if TYPE_CHECKING:
-    from harness.spec.config import RunConfig
+    from harness.spec.config import Parallel, RunConfig
 
 
 class Instruction(NamedTuple):
@@ -33,62 +39,41 @@ class Instruction(NamedTuple):
     """The stage at the other end of a transfer; -1 for all other instructions."""
 
 
+def forward(micro_batch: int, chunk: int = 0) -> Instruction:
+    """A forward pass."""
+    return Instruction("forward", micro_batch, chunk)
+
+
+def backward(micro_batch: int, chunk: int = 0) -> Instruction:
+    """A whole backward pass."""
+    return Instruction("backward", micro_batch, chunk)
+
+
+def backward_input(micro_batch: int, chunk: int = 0) -> Instruction:
+    """The gradient of a chunk's input, which the stage before waits for (arXiv 2401.10241)."""
+    return Instruction("backward_input", micro_batch, chunk)
+
+
+def backward_weight(micro_batch: int, chunk: int = 0) -> Instruction:
+    """The gradients of a chunk's weights, which nobody waits for (arXiv 2401.10241)."""
+    return Instruction("backward_weight", micro_batch, chunk)
+
+
 @dataclass(frozen=True)
 class Stage:
-    """Where a schedule's generator stands, and the pieces it puts in order.
-
-    Chunk c of stage s is the model's part number c p + s: with several chunks the layers run through all
-    stages several times (arXiv 2104.04473, section 2.2).
-    """
+    """Where a schedule's generator stands."""
 
     index: int
     num_stages: int
     num_micro_batches: int
     num_chunks: int = 1
+    memory: float = 1.0
+    """Limit of the activations that a stage holds, in multiples of those of 1F1B's first stage."""
 
-    def receive_activation(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
-        """The input of a forward pass; nothing where the model begins."""
-        previous = (self.index - 1) % self.num_stages
-        return [] if self._begins(chunk) else [Instruction("recv_activation", micro_batch, chunk, previous)]
-
-    def send_activation(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
-        """The output of a forward pass; nothing where the model ends."""
-        following = (self.index + 1) % self.num_stages
-        return [] if self._ends(chunk) else [Instruction("send_activation", micro_batch, chunk, following)]
-
-    def receive_gradient(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
-        """The input of a backward pass; nothing where the model ends."""
-        following = (self.index + 1) % self.num_stages
-        return [] if self._ends(chunk) else [Instruction("recv_gradient", micro_batch, chunk, following)]
-
-    def send_gradient(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
-        """The output of a backward pass; nothing where the model begins."""
-        previous = (self.index - 1) % self.num_stages
-        return [] if self._begins(chunk) else [Instruction("send_gradient", micro_batch, chunk, previous)]
-
-    def load(self, micro_batch: int, chunk: int = 0) -> list[Instruction]:
-        """Samples where the model begins, their labels where it ends."""
-        needed = self._begins(chunk) or self._ends(chunk)
-        return [Instruction("load", micro_batch, chunk)] if needed else []
-
-    def forward(self, micro_batch: int, chunk: int = 0) -> Iterator[Instruction]:
-        """A forward pass: receive, compute, send."""
-        yield from self.receive_activation(micro_batch, chunk)
-        yield from self.load(micro_batch, chunk)
-        yield Instruction("forward", micro_batch, chunk)
-        yield from self.send_activation(micro_batch, chunk)
-
-    def backward(self, micro_batch: int, chunk: int = 0) -> Iterator[Instruction]:
-        """A backward pass: receive, compute, send."""
-        yield from self.receive_gradient(micro_batch, chunk)
-        yield Instruction("backward", micro_batch, chunk)
-        yield from self.send_gradient(micro_batch, chunk)
-
-    def _begins(self, chunk: int) -> bool:
-        return self.index == 0 and chunk == 0
-
-    def _ends(self, chunk: int) -> bool:
-        return self.index == self.num_stages - 1 and chunk == self.num_chunks - 1
+    @property
+    def num_following(self) -> int:
+        """Stages after this one."""
+        return self.num_stages - 1 - self.index
 
 
 Generator = Callable[[Stage], Iterator[Instruction]]
@@ -103,17 +88,12 @@ def gpipe(stage: Stage) -> Iterator[Instruction]:
         stage 1   .  F0 F1 F2 F3 .  .  .  B0 B0 B1 B1 B2 B2 B3 B3 .  .
         stage 2   .  .  F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3 .  .  .  .
     """
-    for micro_batch in range(stage.num_micro_batches):
-        yield from stage.forward(micro_batch)
-    for micro_batch in range(stage.num_micro_batches):
-        yield from stage.backward(micro_batch)
+    yield from map(forward, range(stage.num_micro_batches))
+    yield from map(backward, range(stage.num_micro_batches))
 
 
 def one_forward_one_backward(stage: Stage) -> Iterator[Instruction]:
-    """1F1B (PipeDream-Flush, arXiv 2006.09503) in exactly the order of DeepSpeed's `TrainSchedule`.
-
-    A stage is as many forward passes ahead as stages follow it. Its sends block, so an activation leaves
-    only after the gradient from the same neighbour has come: neither waits for the other for ever.
+    """1F1B (PipeDream-Flush, arXiv 2006.09503): a stage is as many forward passes ahead as stages follow it.
 
     As idle as GPipe, but stage s keeps the activations of p - s micro-batches at most instead of all m:
 
@@ -121,21 +101,12 @@ def one_forward_one_backward(stage: Stage) -> Iterator[Instruction]:
         stage 1   .  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3 .  .
         stage 2   .  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .  .  .  .
     """
-    ahead = stage.num_stages - 1 - stage.index
-    for forward in range(stage.num_micro_batches + ahead):
-        backward = forward - ahead
-        goes_forward, goes_backward = forward < stage.num_micro_batches, backward >= 0
-        if goes_forward:
-            yield from stage.receive_activation(forward)
-            yield from stage.load(forward)
-            yield Instruction("forward", forward)
-        if goes_backward:
-            yield from stage.receive_gradient(backward)
-        if goes_forward:
-            yield from stage.send_activation(forward)
-        if goes_backward:
-            yield Instruction("backward", backward)
-            yield from stage.send_gradient(backward)
+    ahead = min(stage.num_following, stage.num_micro_batches)
+    yield from map(forward, range(ahead))
+    for number in range(stage.num_micro_batches):
+        if number + ahead < stage.num_micro_batches:
+            yield forward(number + ahead)
+        yield backward(number)
 
 
 def interleaved(stage: Stage) -> Iterator[Instruction]:
@@ -148,18 +119,16 @@ def interleaved(stage: Stage) -> Iterator[Instruction]:
         stage 1   .  F0 F1 f0 b0 b0 f1 b1 b1 F2 B0 B0 F3 B1 B1 f2 b2 b2 f3 b3 b3 B2 B2 B3 B3 .  .
 
     Raises:
-        ValueError: the micro-batches can't be dealt out in groups of p, or there is only one chunk.
+        ValueError: the micro-batches can't be dealt out in groups of p.
     """
     p, m, v = stage.num_stages, stage.num_micro_batches, stage.num_chunks
-    if v < 2 or p < 2:
-        raise ValueError(f"interleaved 1F1B needs 2 stages and 2 chunks or more, not {p} and {v}; use 1f1b")
     if m % p:
         raise ValueError(
             f"interleaved 1F1B runs micro-batches in groups of one per stage, and {m} micro-batches "
             f"are no multiple of {p} stages; use {m + -m % p} micro-batches or another schedule"
         )
     passes = m * v
-    ahead = min(2 * (p - 1 - stage.index) + (v - 1) * p, passes)
+    ahead = min(2 * stage.num_following + (v - 1) * p, passes)
 
     def turn(number: int) -> tuple[int, int]:
         """Micro-batch and chunk of a stage's pass `number`."""
@@ -169,16 +138,93 @@ def interleaved(stage: Stage) -> Iterator[Instruction]:
 
     for number in range(passes + ahead):
         if number < passes:
-            yield from stage.forward(*turn(number))
+            yield forward(*turn(number))
         if number >= ahead:
             micro_batch, chunk = turn(number - ahead)
-            yield from stage.backward(micro_batch, v - 1 - chunk)
+            yield backward(micro_batch, v - 1 - chunk)
+
+
+def zb_h1(stage: Stage) -> Iterator[Instruction]:
+    """ZB-H1 (arXiv 2401.10241, section 3): 1F1B whose backward passes are split, with as many activations.
+
+    Stage s computes the weight gradients of a micro-batch s micro-batches late, which fills the end of the step:
+
+        stage 0   F0 F1 F2 .  .  I0 W0 F3 I1 W1 I2 W2 I3 W3
+        stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
+        stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
+    """
+    ahead, late, m = min(stage.num_following, stage.num_micro_batches), stage.index, stage.num_micro_batches
+    yield from map(forward, range(ahead))
+    for number in range(m):
+        if number + ahead < m:
+            yield forward(number + ahead)
+        yield backward_input(number)
+        if number >= late:
+            yield backward_weight(number - late)
+    yield from map(backward_weight, range(max(0, m - late), m))
+
+
+def dualpipev(stage: Stage) -> Iterator[Instruction]:
+    """DualPipeV in DeepSpeed's order (https://github.com/deepseek-ai/DualPipe), which splits no backward pass.
+
+    Two stages, each with two chunks in a V, the second in small letters:
+
+        stage 0   F0 F1 F2 f0 b0 b0 f1 F3 b1 b1 f2 B0 B0 b2 b2 f3 .  B1 B1 b3 b3 B2 B2 .  .  B3 B3
+        stage 1   .  F0 f0 F1 f1 F2 b0 b0 f2 B0 B0 F3 b1 b1 f3 B1 B1 b2 b2 B2 B2 b3 b3 B3 B3
+
+    Raises:
+        ValueError: there are fewer micro-batches than parts.
+    """
+    p, m = stage.num_stages, stage.num_micro_batches
+    if m < 2 * p:
+        raise ValueError(
+            f"DualPipeV needs 2 micro-batches per stage, and {m} are fewer than {2 * p} for {p} stages; "
+            f"use {2 * p} micro-batches or more, or another schedule"
+        )
+    following = stage.num_following
+    forwards, backwards = (count(), count()), (count(), count())
+
+    def run(order: str, times: int) -> Iterator[Instruction]:
+        """Passes such as `F0 B1`: kind and chunk, with the next micro-batch of each."""
+        for _ in range(times):
+            for kind, chunk in ((word[0], int(word[1])) for word in order.split()):
+                yield forward(next(forwards[chunk]), chunk) if kind == "F" else backward(next(backwards[chunk]), chunk)
+
+    yield from run("F0", 2 * following)
+    yield from run("F0 F1", stage.index + 1)
+    yield from run("B1 F1", following)
+    yield from run("F0 B1 F1 B0", m - 2 * p + stage.index + 1)
+    yield from run("B1 F1 B0", following)
+    yield from run("B1 B0", stage.index + 1)
+    yield from run("B0", following)
+
+
+def zero_bubble(stage: Stage) -> Iterator[Instruction]:
+    """The shortest schedule that a search finds within a limit of memory (`harness.spec.zero_bubble`).
+
+    With one chunk per stage these are ZB-1p and ZB-2p (arXiv 2401.10241, section 3), with two in a V, the second in
+    small letters, ZB-V, V-Half and V-Min (arXiv 2405.15362):
+
+        stage 0   F0 F1 F2 f0 i0 w0 f1 i1 w1 F3 I0 W0 f2 i2 w2 I1 W1 f3 i3 w3 I2 W2 I3 W3
+        stage 1   .  F0 f0 F1 f1 i0 w0 F2 I0 W0 f2 i1 w1 F3 I1 W1 f3 i2 w2 I2 i3 I3 W2 w3 W3
+
+    Raises:
+        ValueError: too little memory for any.
+    """
+    orders = _zero_bubble_orders(stage.num_stages, stage.num_micro_batches, stage.num_chunks, stage.memory)
+    yield from (Instruction(*step) for step in orders[stage.index])
+
+
+@lru_cache(maxsize=64)
+def _zero_bubble_orders(p: int, m: int, v: int, memory: float) -> Orders:
+    equal = [[1.0] * v] * p
+    return list_schedule(p, m, v, PassSeconds(equal, equal, equal), memory)
 
 
 def forward_only(stage: Stage) -> Iterator[Instruction]:
-    """What an evaluation does."""
-    for micro_batch in range(stage.num_micro_batches):
-        yield from stage.forward(micro_batch)
+    """What an evaluation does: one chunk after the other."""
+    for chunk in range(stage.num_chunks):
+        yield from (forward(micro_batch, chunk) for micro_batch in range(stage.num_micro_batches))
 
 
 def fill_and_drain(p: int, m: int, v: int) -> Fraction:
@@ -191,86 +237,223 @@ class ScheduleKind:
     """What is to be known of a schedule, whatever its size."""
 
     generate: Generator
-    """Yields what a stage does up to the last backward pass."""
-    ideal_overhead: Callable[[int, int, int], Fraction]
-    """Idle over busy time of p equal stages with m micro-batches, v chunks each and free transfers: (p, m, v) -> it."""
-    runs: bool = True
-    """Whether it is offered: parity has shown that it trains as one rank does. Else it is for simulations."""
+    """Yields the passes of a stage in order."""
+    ideal_overhead: Callable[[int, int, int], Fraction] | None = None
+    """Idle over busy time of p stages with m micro-batches and v chunks each, where all passes take equally long (a
+    whole backward as two) and transfers nothing: (p, m, v) -> it. None: it is found out by executing the passes."""
+    num_chunks: int = 1
+    """Of a stage, where nothing else is asked for."""
+    most_chunks: int | None = 1
+    """None: any number from `num_chunks` on."""
+    is_v: bool = False
+    """How the chunks are placed: in a V, or in a loop."""
+    splits: bool = False
+    """Whether gradients of inputs and of weights are computed one after the other (arXiv 2401.10241)."""
+    limits_memory: bool = False
+    """Whether it keeps within `parallel.schedule_memory`."""
+
+
+def _late_weights(p: int, m: int, v: int) -> Fraction:
+    """(p-1)/(3 m): of 1F1B's bubble a third is left where the three passes take equally long (arXiv 2401.10241)."""
+    return Fraction(p - 1, 3 * m)
 
 
 SCHEDULES: dict[str, ScheduleKind] = {
-    "gpipe": ScheduleKind(gpipe, fill_and_drain, runs=False),
+    "gpipe": ScheduleKind(gpipe, fill_and_drain),
     "1f1b": ScheduleKind(one_forward_one_backward, fill_and_drain),
-    "interleaved": ScheduleKind(interleaved, fill_and_drain, runs=False),
+    "interleaved": ScheduleKind(interleaved, fill_and_drain, num_chunks=2, most_chunks=None),
+    "zb_h1": ScheduleKind(zb_h1, _late_weights, splits=True),
+    "zb_auto": ScheduleKind(zero_bubble, splits=True, limits_memory=True),
+    "zb_v": ScheduleKind(zero_bubble, num_chunks=2, most_chunks=2, is_v=True, splits=True, limits_memory=True),
+    "dualpipev": ScheduleKind(dualpipev, num_chunks=2, most_chunks=2, is_v=True),
 }
 END_OF_STEP = [Instruction(kind) for kind in ("reduce_tied_gradients", "reduce_gradients", "optimizer", "reduce_loss")]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One optimizer step of a whole pipeline."""
+    """What a whole pipeline does in one optimizer step, or in one evaluation."""
 
     name: str
     num_micro_batches: int
-    num_chunks: int
+    placement: Placement
     stages: list[list[Instruction]]
     """Every stage's instructions in order."""
 
     @property
-    def splits_backward(self) -> bool:
-        """Whether gradients of activations and of weights are computed one after the other (arXiv 2401.10241)."""
-        return _splits(self.stages[0])
+    def num_chunks(self) -> int:
+        """Of every stage."""
+        return self.placement.num_chunks
 
     @cached_property
-    def micro_batches_in_flight(self) -> list[int]:
-        """Of every stage: forward passes done whose backward pass is not, at most, over all its chunks."""
-        return [_most_in_flight(instructions) for instructions in self.stages]
+    def computes(self) -> frozenset[str]:
+        """Kinds of its passes."""
+        return frozenset(i.kind for stage in self.stages for i in stage if i.peer < 0 <= i.micro_batch) - {"load"}
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of inputs and of weights are computed one after the other (arXiv 2401.10241)."""
+        return "backward_weight" in self.computes
+
+    @cached_property
+    def most_in_flight(self) -> list[float]:
+        """Of every stage: micro-batches whose activations it holds, at most; a pass of one of v chunks is 1/v."""
+        weights = [1 / self.num_chunks] * self.num_chunks
+        return [most_held(stage, weights) for stage in self.stages]
 
 
-def build_schedule(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> Schedule:
+def most_held(instructions: Iterable[Instruction], of_chunk: Sequence[float], waiting: Sequence[float] = ()) -> float:
+    """The most of something that passes hold from forward to the end of backward.
+
+    Args:
+        of_chunk: how much a pass holds, by chunk.
+        waiting: how much of it between the two halves of a split backward pass; all of it, if not given.
+    """
+    waiting = waiting or of_chunk
+    most = now = 0.0
+    for kind, _, chunk, _ in instructions:
+        if kind == "forward":
+            now += of_chunk[chunk]
+        elif kind == "backward_input":
+            now += waiting[chunk] - of_chunk[chunk]
+        elif kind in ("backward", "backward_weight"):
+            now -= waiting[chunk] if kind == "backward_weight" else of_chunk[chunk]
+        most = max(most, now)
+    return most
+
+
+def build_schedule(
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+) -> Schedule:
     """The instructions of all stages.
 
     Args:
         name: a key of `SCHEDULES`.
-        num_chunks: parts of the model per stage (interleaved only).
+        num_chunks: parts of the model per stage; None: as many as the schedule has where nothing is asked for.
+        memory: limit of the activations that a stage holds, in multiples of those of 1F1B's first stage.
 
     Raises:
         ValueError: an unknown name, or sizes that the schedule can't run.
     """
+    placement = build_placement(name, num_stages, num_chunks)
+    if num_micro_batches < 1:
+        raise ValueError(f"a schedule needs at least 1 micro-batch, not {num_micro_batches}")
+    return _build(name, schedule_kind(name), placement, num_micro_batches, memory)
+
+
+@lru_cache(maxsize=64)
+def _build(name: str, kind: ScheduleKind, placement: Placement, num_micro_batches: int, memory: float) -> Schedule:
+    num_stages, num_chunks = placement.num_stages, placement.num_chunks
+    stages = [
+        list(kind.generate(Stage(index, num_stages, num_micro_batches, num_chunks, memory)))
+        for index in range(num_stages)
+    ]
+    for index, passes in enumerate(stages):
+        check_passes(name, index, passes, num_micro_batches, placement.num_chunks)
+    return Schedule(name, num_micro_batches, placement, [
+        [*with_transfers(passes, placement, index), *END_OF_STEP] for index, passes in enumerate(stages)
+    ])  # fmt: skip
+
+
+def check_sizes(
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+) -> None:
+    """Refuse sizes that a schedule can't run.
+
+    Raises:
+        ValueError: with what can be run.
+    """
+    kind, placement = schedule_kind(name), build_placement(name, num_stages, num_chunks)
+    if memory != 1 and not kind.limits_memory:
+        limiting = " or ".join(other for other, known in SCHEDULES.items() if known.limits_memory)
+        raise ValueError(f"{name} keeps to no limit of memory, but schedule_memory={memory:g}; use {limiting}")
+    stage = Stage(0, num_stages, num_micro_batches, placement.num_chunks, memory)
+    next(kind.generate(stage), None)  # generators refuse before their first pass
+
+
+def build_placement(name: str, num_stages: int, num_chunks: int | None = None) -> Placement:
+    """Where a schedule has the parts of a model.
+
+    Raises:
+        ValueError: sizes that the schedule can't run.
+    """
     kind = schedule_kind(name)
-    if min(num_stages, num_micro_batches, num_chunks) < 1:
-        raise ValueError(
-            f"a schedule needs at least 1 stage, micro-batch and chunk, not {num_stages}, {num_micro_batches} "
-            f"and {num_chunks}"
-        )
-    sizes = (num_stages, num_micro_batches, num_chunks)
-    stages = [[*kind.generate(Stage(index, *sizes)), *END_OF_STEP] for index in range(num_stages)]
-    used = 1 + max(instruction.chunk for instruction in stages[0])
-    if used != num_chunks:
-        raise ValueError(f"schedule {name} runs {used} chunk per stage, not {num_chunks}; use interleaved")
-    for index, instructions in enumerate(stages):
-        _check_passes(name, index, instructions, num_micro_batches * num_chunks)
-    return Schedule(name, num_micro_batches, num_chunks, stages)
+    num_chunks = kind.num_chunks if num_chunks is None else num_chunks
+    if num_stages < 1 or num_chunks < 1:
+        raise ValueError(f"a schedule needs at least 1 stage and chunk, not {num_stages} and {num_chunks}")
+    if num_chunks < kind.num_chunks or num_chunks > (kind.most_chunks or num_chunks):
+        more = " or more" if kind.most_chunks is None else ""
+        raise ValueError(f"{name} has {kind.num_chunks}{more} chunks per stage, not {num_chunks}")
+    if num_stages == 1 < num_chunks:
+        raise ValueError(f"{name} needs 2 stages or more, not 1; use 1f1b")
+    return Placement(num_stages, num_chunks, kind.is_v)
 
 
-def _check_passes(name: str, stage: int, instructions: list[Instruction], passes: int) -> None:
-    """Refuse a schedule by which a stage leaves out a pass or does one twice.
+def evaluation(placement: Placement, num_micro_batches: int) -> Schedule:
+    """What a pipeline does to evaluate."""
+    stages = [
+        Stage(index, placement.num_stages, num_micro_batches, placement.num_chunks)
+        for index in range(placement.num_stages)
+    ]
+    orders = [list(with_transfers(forward_only(stage), placement, stage.index)) for stage in stages]
+    return Schedule("evaluation", num_micro_batches, placement, orders)
+
+
+def with_transfers(passes: Iterable[Instruction], placement: Placement, stage: int) -> Iterator[Instruction]:
+    """The passes of a stage with what they receive, load and send."""
+    last = placement.num_parts - 1
+    for instruction in passes:
+        kind, micro_batch, chunk, _ = instruction
+        part = placement.part(stage, chunk)
+        before = placement.stage_of(part - 1) if part > 0 else stage
+        after = placement.stage_of(part + 1) if part < last else stage
+        if kind == "forward":
+            if before != stage:
+                yield Instruction("recv_activation", micro_batch, chunk, before)
+            if part in (0, last):
+                yield Instruction("load", micro_batch, chunk)
+            yield instruction
+            if after != stage:
+                yield Instruction("send_activation", micro_batch, chunk, after)
+        elif kind == "backward_weight":
+            yield instruction
+        else:
+            if after != stage:
+                yield Instruction("recv_gradient", micro_batch, chunk, after)
+            yield instruction
+            if before != stage:
+                yield Instruction("send_gradient", micro_batch, chunk, before)
+
+
+def check_passes(name: str, stage: int, passes: Sequence[Instruction], num_micro_batches: int, num_chunks: int) -> None:
+    """Refuse a schedule by which a stage leaves out a pass, does one twice or too early.
 
     Raises:
         ValueError: it does.
     """
-    kinds = ("forward", "backward_input", "backward_weight") if _splits(instructions) else ("forward", "backward")
-    for kind in kinds:
-        done = [instruction for instruction in instructions if instruction.kind == kind]
-        if len(done) != passes or len(set(done)) != passes:
+    done: dict[tuple[int, int], list[str]] = {(k, c): [] for k in range(num_micro_batches) for c in range(num_chunks)}
+    for kind, micro_batch, chunk, _ in passes:
+        if (micro_batch, chunk) not in done:
             raise ValueError(
-                f"schedule {name} has {len(done)} {kind} passes on stage {stage}, {len(set(done))} of them different, "
-                f"instead of {passes}: each micro-batch and chunk once"
+                f"schedule {name} has {kind} of micro-batch {micro_batch} and chunk {chunk} on stage {stage}, but "
+                f"there are {num_micro_batches} micro-batches and {num_chunks} chunks, counted from 0"
+            )
+        done[micro_batch, chunk].append(kind)
+    for (micro_batch, chunk), kinds in done.items():
+        if kinds not in WHOLE:
+            raise ValueError(
+                f"schedule {name} computes {', '.join(kinds) or 'nothing'} of micro-batch {micro_batch} and chunk "
+                f"{chunk} on stage {stage}; it must be {' or '.join(map(', '.join, WHOLE))}, each once in this order"
             )
 
 
-def _splits(instructions: list[Instruction]) -> bool:
-    return any(instruction.kind == "backward_weight" for instruction in instructions)
+WHOLE = (["forward", "backward"], ["forward", "backward_input", "backward_weight"])
+"""What is computed of a micro-batch with a chunk."""
+
+
+def placement_of(parallel: Parallel) -> Placement:
+    """Where a run has the parts of its model."""
+    return build_placement(parallel.schedule, parallel.pp, parallel.num_chunks)
 
 
 def schedule_of(config: RunConfig) -> Schedule:
@@ -288,8 +471,10 @@ def ideal_bubble_fraction_of(config: RunConfig) -> float:
     return ideal_bubble_fraction(*_sizes(config))
 
 
-def _sizes(config: RunConfig) -> tuple[str, int, int]:
-    return config.parallel.schedule, config.parallel.pp, config.num_micro_batches
+def _sizes(config: RunConfig) -> tuple[str, int, int, int, float]:
+    parallel = config.parallel
+    sizes = parallel.pp, config.num_micro_batches, parallel.num_chunks
+    return parallel.schedule, *sizes, parallel.schedule_memory
 
 
 def schedule_kind(name: str) -> ScheduleKind:
@@ -303,22 +488,35 @@ def schedule_kind(name: str) -> ScheduleKind:
     return SCHEDULES[name]
 
 
-def ideal_bubble_overhead(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> float:
-    """Idle over busy time with equal stages and free transfers."""
-    return float(schedule_kind(name).ideal_overhead(num_stages, num_micro_batches, num_chunks))
+def ideal_bubble_overhead(
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+) -> float:
+    """Idle over busy time with equal passes and free transfers; arguments as in `build_schedule`."""
+    return float(_ideal(name, num_stages, num_micro_batches, num_chunks, memory))
 
 
-def ideal_bubble_fraction(name: str, num_stages: int, num_micro_batches: int, num_chunks: int = 1) -> float:
-    """Idle share of the pipeline's time with equal stages and free transfers."""
-    overhead = schedule_kind(name).ideal_overhead(num_stages, num_micro_batches, num_chunks)
+def ideal_bubble_fraction(
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+) -> float:
+    """Idle share of the pipeline's time with equal passes and free transfers; arguments as in `build_schedule`."""
+    overhead = _ideal(name, num_stages, num_micro_batches, num_chunks, memory)
     return float(overhead / (1 + overhead))
 
 
-def _most_in_flight(instructions: list[Instruction]) -> int:
-    """A micro-batch's activations are held from its forward to its last backward pass."""
-    last = "backward_weight" if _splits(instructions) else "backward"
-    most = now = 0
-    for instruction in instructions:
-        now += (instruction.kind == "forward") - (instruction.kind == last)
-        most = max(most, now)
-    return most
+def _ideal(name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None, memory: float) -> Fraction:
+    kind = schedule_kind(name)
+    if kind.ideal_overhead is not None:
+        return kind.ideal_overhead(num_stages, num_micro_batches, num_chunks or kind.num_chunks)
+    return executed_overhead(build_schedule(name, num_stages, num_micro_batches, num_chunks, memory))
+
+
+def executed_overhead(schedule: Schedule) -> Fraction:
+    """Idle over busy time where forwards and halves of backwards all take as long, and transfers nothing.
+
+    Raises:
+        ValueError: stages wait for each other for ever.
+    """
+    orders = [[Pass(*i[:3]) for i in stage if i.kind in schedule.computes] for stage in schedule.stages]
+    equal = [[1] * schedule.num_chunks] * len(orders)
+    timing = time_passes(orders, PassSeconds(equal, equal, equal), schedule.placement.part)
+    return Fraction(int(timing.makespan), 3 * schedule.num_micro_batches * schedule.num_chunks) - 1

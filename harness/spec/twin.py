@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from harness.spec.config import Model, RunConfig
-from harness.spec.partition import layers_per_stage
+from harness.spec.partition import layers_per_part
+from harness.spec.schedules import check_sizes
 
 HEAD_DIM = 8
 SEQUENCE_LENGTH = 20
@@ -15,7 +17,7 @@ MICRO_BATCH_SIZE = 2
 
 
 def twin_of(config: RunConfig) -> RunConfig:
-    """The configuration with few small layers and few micro-batches.
+    """The configuration with few small layers and as few micro-batches as the schedule takes.
 
     Every option that changes the computation is kept: family, ties, precision, layout, kind of partition,
     ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped, fewer than tp or several on a rank,
@@ -27,7 +29,7 @@ def twin_of(config: RunConfig) -> RunConfig:
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
     train = config.train
     micro_batch_size = min(train.micro_batch_size, MICRO_BATCH_SIZE)
-    num_micro_batches = min(config.num_micro_batches, MICRO_BATCHES)
+    num_micro_batches = _twin_micro_batches(config)
     sequence_length = min(train.sequence_length, _like(train.sequence_length, SEQUENCE_LENGTH, config.parallel.tp))
     return config.model_copy(
         update={
@@ -44,6 +46,16 @@ def twin_of(config: RunConfig) -> RunConfig:
     )
 
 
+def _twin_micro_batches(config: RunConfig) -> int:
+    """As few as the schedule takes, from `MICRO_BATCHES` on."""
+    parallel, most = config.parallel, config.num_micro_batches
+    for number in range(min(MICRO_BATCHES, most), most):
+        with suppress(ValueError):
+            check_sizes(parallel.schedule, parallel.pp, number, parallel.num_chunks, parallel.schedule_memory)
+            return number
+    return most
+
+
 def reductions(config: RunConfig, twin: RunConfig) -> dict[str, tuple[Any, Any]]:
     """What the twin changed: key -> (configured, twin's)."""
     changed: dict[str, tuple[Any, Any]] = {}
@@ -55,6 +67,7 @@ def reductions(config: RunConfig, twin: RunConfig) -> dict[str, tuple[Any, Any]]
 
 def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
     model, tp, full = config.model, config.parallel.tp, config.model.num_hidden_layers
+    num_parts = config.parallel.pp * config.parallel.num_chunks
     kv_heads = min(model.num_key_value_heads, 2 * tp)
     heads = max(kv_heads, tp) * min(2, model.num_attention_heads // max(model.num_key_value_heads, tp))
     shared = max(1, tp // kv_heads)  # ranks that hold a part of one key-value head
@@ -63,7 +76,7 @@ def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
     is_as_wide = model.hidden_size == model.num_attention_heads * model.head_dim
     return model.model_copy(
         update={
-            "num_hidden_layers": num_layers or min(full, 2 * config.parallel.pp + full % config.parallel.pp),
+            "num_hidden_layers": num_layers or min(full, 2 * num_parts + full % num_parts),
             "hidden_size": width if is_as_wide else width + HEAD_DIM,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
@@ -76,10 +89,10 @@ def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
 
 
 def _twin_partition(config: RunConfig) -> str | list[int]:
-    """Listed layers keep their order of sizes, with one to three layers per stage."""
+    """Listed layers keep their order of sizes, with one to three layers each."""
     if not isinstance(config.parallel.partition, list):
         return config.parallel.partition
-    sizes = layers_per_stage(config.model, config.parallel, config.train.sequence_length)
+    sizes = layers_per_part(config.model, config.parallel, config.train.sequence_length)
     return [min(3, 1 + size - min(sizes)) for size in sizes]
 
 

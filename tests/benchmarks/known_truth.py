@@ -1,12 +1,13 @@
 """The measured bubble beside a known truth: emulated stages that wait for set times in DeepSpeed's real engine.
 
-    python tests/benchmarks/known_truth.py [--normal-priority]
+    python tests/benchmarks/known_truth.py [--normal-priority] [--schedules]
 
 For p stages and m micro-batches of 30 ms forward and 60 ms backward it prints the bubble fraction that the formula
 gives, that the simulator gives for the measured durations, and that was measured: in the fastest of the timed steps,
-and the median of them, as rows of results.csv report it. Then a stage that is half as fast and a link that is slow (by
-a wait in DeepSpeed's point-to-point call, below the tracer): idle time per stage and step that they cause, as set and
-as the explanation of the bubble finds it. One start of p ranks for each p.
+and the median of them, as rows of results.csv report it. Then a stage that is half as fast and a link that is slow
+(whose messages leave late, below the tracer): idle time per stage and step that they cause, as set and as the
+explanation of the bubble finds it. One start of p ranks for each p. `--schedules` measures every schedule with every p
+and m instead, which takes half an hour.
 
 How far may the measured bubble be from the set one on the machine at hand, which takes time of its own for
 instructions and transfers? A step is as long as the longest path through its instructions, and a longest path grows by
@@ -25,14 +26,19 @@ import contextlib
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+from harness.spec.schedules import SCHEDULES, Schedule, build_schedule, check_sizes  # noqa: E402
 
 FORWARD_SECONDS, BACKWARD_SECONDS = 0.03, 0.06
 LOADING_SECONDS = 0.06
@@ -57,11 +63,18 @@ class Case:
     slow_link: bool = False
     slow_host: bool = False
     """Every instruction keeps the processor for `SLOW_HOST_SECONDS` more, as that of a slower machine would."""
+    schedule: str = "1f1b"
+    """A stage's waits are shared by its chunks, and those of a split backward pass by its halves."""
 
     @property
     def factors(self) -> list[float]:
         """Of the stages' waits."""
         return [SLOW_FACTOR if self.slow_stage and stage == SLOW_STAGE else 1.0 for stage in range(self.p)]
+
+    @property
+    def built(self) -> Schedule:
+        """Its instructions."""
+        return build_schedule(self.schedule, self.p, self.m)
 
     @property
     def undisturbed(self) -> Case:
@@ -71,10 +84,12 @@ class Case:
     @property
     def overrides(self) -> list[str]:
         """Configuration."""
+        chunks = self.built.num_chunks
         return [
-            "model=emulated", f"model.num_hidden_layers={self.p}", f"model.stage_factors={self.factors}",
-            f"model.forward_seconds={FORWARD_SECONDS}", f"model.backward_seconds={BACKWARD_SECONDS}",
-            f"parallel.pp={self.p}", "data=synthetic", "train.sequence_length=16", f"train.global_batch_size={self.m}",
+            "model=emulated", f"model.num_hidden_layers={self.p * chunks}", f"model.stage_factors={self.factors}",
+            f"model.forward_seconds={FORWARD_SECONDS / chunks}", f"model.backward_seconds={BACKWARD_SECONDS / chunks}",
+            f"parallel.pp={self.p}", f"parallel.schedule={self.schedule}",
+            "data=synthetic", "train.sequence_length=16", f"train.global_batch_size={self.m}",
             f"train.steps={len(SCALES)}", "train.warmup_steps=1",
         ]  # fmt: skip
 
@@ -101,31 +116,46 @@ def cases(p: int) -> list[Case]:
     """What one start of p ranks measures."""
     equal = [Case(p, m) for m in (p, 2 * p, 4 * p)]
     unequal = [Case(p, 2 * p, slow_stage=True), Case(p, 2 * p, slow_link=True), Case(p, p, slow_host=True)]
-    return [*equal, *unequal] if p == 4 else equal
+    return [*equal, *unequal, *cases_of_schedules(p, [2 * p])] if p == 4 else equal
 
 
-def measure(p: int, folder: Path, normal_priority: bool = False) -> dict[Case, Measured]:
-    """Each case of p stages, in one start of p ranks."""
+def cases_of_schedules(p: int, numbers: Sequence[int]) -> list[Case]:
+    """Every schedule but 1F1B with so many micro-batches, where it takes them."""
+    found = []
+    for schedule, m in product(SCHEDULES, numbers):
+        with contextlib.suppress(ValueError):
+            check_sizes(schedule, p, m)
+            found += [Case(p, m, schedule=schedule)] if schedule != "1f1b" else []
+    return found
+
+
+def measure(
+    p: int, folder: Path, normal_priority: bool = False, measured: Sequence[Case] | None = None
+) -> dict[Case, Measured]:
+    """Cases of p stages, in one start of p ranks; those of `cases` where none are given."""
     from distributed import run_ranks
 
-    argument = {"cases": [asdict(case) for case in cases(p)], "normal_priority": normal_priority}
-    answers = run_ranks(p, "benchmarks.known_truth", argument, folder)
-    return {case: Measured(**answer) for case, answer in zip(cases(p), answers, strict=True)}
+    measured = cases(p) if measured is None else measured
+    argument = {"cases": [asdict(case) for case in measured], "normal_priority": normal_priority}
+    answers = run_ranks(p, "benchmarks.known_truth", argument, folder, timeout=3600)
+    return {case: Measured(**answer) for case, answer in zip(measured, answers, strict=True)}
 
 
 def set_seconds(case: Case) -> tuple[float, float]:
     """By the set times alone: T from the first forward to the last backward, and the mean busy time of a stage."""
     from harness.plan.simulate import simulate
-    from harness.spec.schedules import build_schedule
 
+    halves = {"forward": FORWARD_SECONDS, "backward": BACKWARD_SECONDS}
     seconds = {
-        "forward": [FORWARD_SECONDS * factor for factor in case.factors],
-        "backward": [BACKWARD_SECONDS * factor for factor in case.factors],
+        **{
+            kind: [halves.get(kind, BACKWARD_SECONDS / 2) * factor for factor in case.factors]
+            for kind in case.built.computes
+        },
         "send_activation": [SLOW_LINK_SECONDS * (case.slow_link and stage == SLOW_LINK) for stage in range(case.p)],
     }
-    stages = simulate(build_schedule("1f1b", case.p, case.m), seconds)
+    stages = simulate(case.built, seconds)
     busy = case.m * (FORWARD_SECONDS + BACKWARD_SECONDS) * sum(case.factors) / case.p
-    return max(spans[-1].end_ns for spans in stages) / 1e9, busy
+    return max(span.end_ns for spans in stages for span in spans if span.micro_batch >= 0) / 1e9, busy
 
 
 def bounds(case: Case, excess_seconds: float) -> tuple[float, float]:
@@ -153,16 +183,21 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--normal-priority", action="store_true", help="without real-time priority")
+    parser.add_argument("--schedules", action="store_true", help="every schedule with every p and m")
     arguments = parser.parse_args()
     print_circumstances()
     measured: dict[Case, Measured] = {}
     for p in STAGES:
         with tempfile.TemporaryDirectory() as folder:
-            measured |= measure(p, Path(folder), arguments.normal_priority)
+            of_schedules = cases_of_schedules(p, [p, 2 * p, 4 * p]) if arguments.schedules else None
+            measured |= measure(p, Path(folder), arguments.normal_priority, of_schedules)
+    if arguments.schedules:
+        print_schedules(measured)
+        return
     print("| stages p | micro-batches m | ideal | simulated | fastest step | median step | machine ms | at most |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for case, found in measured.items():
-        if not (case.slow_stage or case.slow_link):
+        if not (case.slow_stage or case.slow_link) and case.schedule == "1f1b":
             stages = f"{case.p}, each instruction {SLOW_HOST_SECONDS * 1e3:.0f} ms longer" if case.slow_host else case.p
             fractions = [found.bubble[key]["fraction"] for key in ("ideal", "simulated", "measured")]
             columns = " | ".join(f"{fraction:.3f}" for fraction in [*fractions, found.median_fraction])
@@ -176,19 +211,46 @@ def main() -> None:
             print(f"| {what} ({case.p}, {case.m}) | {cause} | {injected:.1f} | {found_ms:.1f} |")
 
 
+def print_schedules(measured: dict[Case, Measured]) -> None:
+    """A row per schedule, p and m."""
+    print("| schedule | stages p | micro-batches m | as set | simulated | fastest step | median step | at most |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for case, found in measured.items():
+        least, most = bounds(case, found.excess_seconds)
+        fractions = [least, *(found.bubble[key]["fraction"] for key in ("simulated", "measured"))]
+        columns = " | ".join(f"{fraction:.3f}" for fraction in [*fractions, found.median_fraction, most])
+        print(f"| {case.schedule} | {case.p} | {case.m} | {columns} |")
+
+
+class LateSend:
+    """A send that begins after some time, while its stage goes on."""
+
+    def __init__(self, send: Callable[[], Any], seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._begin)
+        self._send = send
+        self._timer.start()
+
+    def _begin(self) -> None:
+        self._work = self._send()
+
+    def wait(self) -> None:
+        """Until the tensor has left."""
+        self._timer.join()
+        self._work.wait()
+
+
 class Waits:
     """The waits of one rank: of its blocks, its data and its link, as long as is set, and when the blocks' were."""
 
     def __init__(self, rank: int) -> None:
-        """Put them into the emulated blocks and DeepSpeed's point-to-point calls of this process."""
-        from deepspeed.runtime.pipe import p2p
-
+        """Put them into the emulated blocks and the sends of this process."""
         from harness.model.emulated import EmulatedBlock
+        from harness.run.engines.deepspeed.transfers import Channels
 
-        self.rank, self._wait, self._send = rank, EmulatedBlock._wait, p2p.send
+        self.rank, self._wait, self._send = rank, EmulatedBlock._wait, Channels.send
         self._link_seconds = 0.0
         EmulatedBlock._wait = lambda block, seconds: self._noted(block, seconds)  # type: ignore[assignment,method-assign]
-        p2p.send = self._send_late
+        Channels.send = lambda *arguments: self._send_late(*arguments)  # type: ignore[method-assign]
 
     def start_step(self, case: Case, scale: float) -> None:
         """Waits from now on are those of the case times `scale`."""
@@ -219,10 +281,10 @@ class Waits:
         self._wait(block, seconds * self._scale)
         self._moments.append((start, time.monotonic_ns()))
 
-    def _send_late(self, tensor: Any, dest_stage: int, **options: Any) -> Any:
-        if dest_stage > self.rank:  # one rank is one stage
-            time.sleep(self._link_seconds)
-        return self._send(tensor, dest_stage, **options)
+    def _send_late(self, channels: Any, tensor: Any, lane: Any, stage: int) -> Any:
+        send = partial(self._send, channels, tensor, lane, stage)
+        is_late = self._link_seconds > 0 and stage > self.rank  # one rank is one stage
+        return LateSend(send, self._link_seconds) if is_late else send()
 
 
 def work_a_while() -> None:
@@ -298,7 +360,7 @@ def read_measured(case: Case, attempt: Any, windows: list[tuple[float, float]]) 
     return Measured(
         bubble=explained["bubble"],
         accounting=explained["accounting"],
-        link_seconds=sends.mean(axis=1).tolist(),
+        link_seconds=sends.mean(axis=(1, 2)).tolist(),
         median_fraction=median(reported[step] for step in timed),
         waits_fraction=median(1 - windows[step - 1][1] / windows[step - 1][0] for step in timed),
         excess_seconds=median(short) - SHORT * set_seconds(case)[0],

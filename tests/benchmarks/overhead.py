@@ -134,10 +134,11 @@ def build_bare(config: Any, rank: int) -> Any:
     from harness.model.groups import build_tensor_parallel
     from harness.model.loss import PipelineLoss
     from harness.model.weights import initialize
-    from harness.run.engines.deepspeed.pipeline import StagedPipeline, stage_boundaries
+    from harness.run.engines.deepspeed.pipeline import PartedPipeline, part_boundaries
     from harness.run.engines.deepspeed.settings import build_deepspeed_config
     from harness.run.optimizer import build_learning_rate, build_optimizer
-    from harness.spec.partition import layers_per_stage
+    from harness.spec.partition import layers_per_part
+    from harness.spec.placement import Placement
     from harness.spec.topology import Topology
 
     settings = {**build_deepspeed_config(config), "gradient_clipping": config.train.gradient_clipping}
@@ -145,9 +146,10 @@ def build_bare(config: Any, rank: int) -> Any:
     tp = build_tensor_parallel(topology, rank, config.model.num_key_value_heads)
     layers = describe_layers(config.model, tp)
     with contextlib.redirect_stdout(io.StringIO()):
-        module = StagedPipeline(
+        module = PartedPipeline(
             layers,
-            stage_boundaries(layers, layers_per_stage(config.model, config.parallel, 1)),
+            part_boundaries(layers, layers_per_part(config.model, config.parallel, 1)),
+            Placement(config.parallel.pp),
             topology=PipeModelDataParallelTopology(topology.pp, topology.tp, topology.dp),
             loss_fn=PipelineLoss(config.model.vocab_size, tp),
         )

@@ -46,17 +46,16 @@ class Saboteur(importlib.abc.MetaPathFinder):
             misbehave(HANG_EARLY)
         if name == "harness.run.instruments.heartbeat":  # DeepSpeed is there, and no engine yet
             sys.meta_path.remove(self)
-            from deepspeed.runtime.pipe.engine import PipelineEngine
-            from deepspeed.runtime.pipe.schedule import ForwardPass
+            from harness.run.engines.deepspeed.scheduled import ScheduledEngine
 
-            forward, seed = PipelineEngine._INSTRUCTION_MAP[ForwardPass], read_seed()
+            forward, seed = ScheduledEngine._forward, read_seed()
 
-            def sabotaged(engine: Any, **arguments: Any) -> None:
+            def sabotaged(engine: Any, instruction: Any) -> None:
                 if engine.global_steps == 2:
                     misbehave(seed)
-                forward(engine, **arguments)
+                forward(engine, instruction)
 
-            PipelineEngine._INSTRUCTION_MAP[ForwardPass] = sabotaged
+            ScheduledEngine._forward = sabotaged
 
 
 if os.environ.get("RANK") == "1":

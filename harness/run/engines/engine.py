@@ -109,7 +109,8 @@ class Engine(Protocol):
     config: RunConfig
     topology: Topology
     tp: TensorParallel
-    blocks_per_stage: list[int]
+    blocks_per_part: list[int]
+    """In the order of the model (`harness.spec.placement`)."""
     settings: dict[str, Any] | None
     """What the library was given besides, for ds_config.json; secrets left out."""
     observers: Observers

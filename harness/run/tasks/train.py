@@ -36,7 +36,8 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     corpus = share_corpus(config, rank)
     tracer = Tracer(build_clock(machine.device_kind), nested=config.tracking.trace_level == "collectives")
     tracer.attach(engine)
-    engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind))
+    num_chunks = config.parallel.num_chunks
+    engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind, num_chunks))
     loop = Loop(attempt, config, rank, engine, tracer, device, Evaluation(config, corpus, engine, rank))
     heart.phase("reading the checkpoint" if config.train.resume else "beginning to train")
     done = load_checkpoint(Path(config.train.resume), engine, config, loop.group) if config.train.resume else 0

@@ -14,7 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
@@ -24,20 +24,23 @@ from harness.model.dropout import RandomStreams
 from harness.model.emulated import set_stage
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
+from harness.model.precision import dtype_of
+from harness.model.weight_gradients import WeightGradients
 from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
-from harness.run.engines.deepspeed.commands import take_over
-from harness.run.engines.deepspeed.pipeline import StagedPipeline, stage_boundaries
+from harness.run.engines.deepspeed.pipeline import PartedPipeline, part_boundaries
+from harness.run.engines.deepspeed.scheduled import ScheduledEngine
 from harness.run.engines.deepspeed.settings import build_deepspeed_config, clips_by_itself
-from harness.run.engines.engine import Before, ForwardPasses, Held, Observers, Progress, filling
+from harness.run.engines.deepspeed.transfers import Channels
+from harness.run.engines.engine import Before, ForwardPasses, Held, Progress, filling
 from harness.run.optimizer import build_learning_rate, build_optimizer
 from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
-from harness.spec.partition import layers_per_stage
-from harness.spec.schedules import Stage, forward_only, schedule_of
+from harness.spec.partition import layers_per_part
+from harness.spec.schedules import schedule_of
 from harness.spec.topology import Topology
 
 LOSS_SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -49,18 +52,21 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
     phase("building the model")
     parallel = config.parallel
     topology = parallel.topology
+    schedule = schedule_of(config)
+    later = WeightGradients() if schedule.splits_backward else None
     tp = build_tensor_parallel(
-        topology, rank, config.model.num_key_value_heads, sequence_parallel=parallel.sequence_parallel
+        topology, rank, config.model.num_key_value_heads, sequence_parallel=parallel.sequence_parallel, later=later
     )
     streams = RandomStreams(config.train.seed, topology.coordinate(rank).dp)
     layers = describe_layers(config.model, tp, config.train.activation_checkpointing == "full", streams)
-    blocks = layers_per_stage(config.model, parallel, config.train.sequence_length)
+    blocks = layers_per_part(config.model, parallel, config.train.sequence_length)
     settings = build_deepspeed_config(config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition and topology
         with torch.no_grad():  # it broadcasts tied weights
-            module = StagedPipeline(
+            module = PartedPipeline(
                 layers,
-                stage_boundaries(layers, blocks),
+                part_boundaries(layers, blocks),
+                schedule.placement,
                 topology=PipeModelDataParallelTopology(num_pp=parallel.pp, num_mp=parallel.tp, num_dp=parallel.dp),
                 loss_fn=PipelineLoss(config.model.vocab_size, tp),
             )
@@ -72,13 +78,19 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
             load_full(filling(module.global_parameters(), phase), parameter_table(config.model), weights, tp)
         phase("building the engine")
         optimizer = build_optimizer(config.train, module.parameters())
-        engine, _, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=build_learning_rate(config.train, optimizer),
-            config=fill_in(settings),
-        )
+        shape, dtype = hidden_shape(config), dtype_of(config.train.precision)
+        device = torch.device(get_accelerator().current_device_name())
+        channels = Channels(topology, rank, schedule.placement, shape, dtype, device)
+        scheduler = build_learning_rate(config.train, optimizer)
+        engine = ScheduledEngine(schedule, channels, later, module, optimizer, scheduler, fill_in(settings))
     return DeepSpeedEngine(config, engine, module, topology, tp, blocks, settings, streams)
+
+
+def hidden_shape(config: RunConfig) -> tuple[int, int, int]:
+    """Of what passes between parts of the model: [batch, slice, hidden]."""
+    train, parallel = config.train, config.parallel
+    slices = parallel.tp if parallel.sequence_parallel else 1
+    return train.micro_batch_size, train.sequence_length // slices, config.model.hidden_size
 
 
 class DeepSpeedEngine:
@@ -87,18 +99,18 @@ class DeepSpeedEngine:
     def __init__(
         self,
         config: RunConfig,
-        engine: PipelineEngine,
-        module: StagedPipeline,
+        engine: ScheduledEngine,
+        module: PartedPipeline,
         topology: Topology,
         tp: TensorParallel,
-        blocks_per_stage: list[int],
+        blocks_per_part: list[int],
         settings: dict[str, Any],
         streams: RandomStreams,
     ) -> None:
         self.config, self.topology, self.tp = config, topology, tp
-        self.blocks_per_stage = blocks_per_stage
+        self.blocks_per_part = blocks_per_part
         self.settings: dict[str, Any] | None = settings
-        self.observers = Observers()
+        self.observers = engine.observers
         self._engine, self._module = engine, module
         self._clips = not clips_by_itself(config)  # the harness does; torch's optimizer works on the parameters
         self._norm: Tensor | None = None
@@ -108,14 +120,6 @@ class DeepSpeedEngine:
             self.observers.append(Before("reduce_gradients", self._sum_over_slices))
         if self._clips:
             self.observers.append(Before("optimizer", self._clip))
-        parallel = config.parallel
-        stage = engine.stage_id
-        take_over(
-            engine,
-            schedule_of(config),
-            lambda number: list(forward_only(Stage(stage, parallel.pp, number))),
-            self.observers,
-        )
 
     @property
     def steps_taken(self) -> int:
@@ -227,11 +231,9 @@ class DeepSpeedEngine:
         """Free the engine and its process groups, for each of which gloo keeps threads and connections."""
         engine, grid = self._engine, self._engine.grid
         engine.destroy()
-        # The last stage's loss has a hook that holds the engine: a cycle that garbage collection can't see.
-        engine.loss = engine.total_loss = None
-        engine.pipe_buffers.clear()
+        engine.total_loss = None
         own = [group.process_group for group in (self.tp.group, self.tp.kv_group) if group is not None]
-        groups = [self._module.world_group, *own]
+        groups = [self._module.world_group, *engine.channels.groups, *own]
         groups += [grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group, grid.slice_proc_group]
         groups += [tied["group"] for tied in self._module.tied_comms.values()]
         # In one order on all ranks: NCCL ends a communicator on all of them at once.

@@ -29,7 +29,8 @@ from harness.run.engines.engine import Held, Observers, Progress, filling
 from harness.run.optimizer import learning_rate_factor
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
-from harness.spec.schedules import Instruction, Stage, build_schedule, forward_only
+from harness.spec.placement import Placement
+from harness.spec.schedules import Instruction, build_schedule, evaluation
 from harness.spec.topology import Topology
 
 IDLE = ("reduce_tied_gradients", "reduce_gradients")
@@ -73,7 +74,7 @@ class TorchEngine:
     ) -> None:
         self.config, self.device = config, device or torch.device("cpu")
         self.topology, self.tp = Topology(pp=1, dp=1, tp=1), TensorParallel.single()
-        self.blocks_per_stage = [config.model.num_hidden_layers]
+        self.blocks_per_part = [config.model.num_hidden_layers]
         self.settings: dict[str, Any] | None = None
         self.observers = Observers()
         self.steps_taken = self.steps_skipped = 0
@@ -131,7 +132,7 @@ class TorchEngine:
     def evaluate(self, data: Iterator[MicroBatch], num_micro_batches: int) -> float:
         """Loss of some micro-batches, without learning from them."""
         self.model.eval()
-        return self._execute(list(forward_only(Stage(0, 1, num_micro_batches))), data)
+        return self._execute(evaluation(Placement(1), num_micro_batches).stages[0], data)
 
     def _execute(self, instructions: list[Instruction], data: Iterator[MicroBatch]) -> float:
         """Do what a schedule says; the loss of the batch, which the first `load` draws whole, to count its targets."""

@@ -1,0 +1,113 @@
+"""Backward passes in two halves: the gradient of the input first, those of the weights later (arXiv 2401.10241).
+
+A stage of a pipeline waits for the first half of the stage after it, and nobody waits for the second. So where a
+schedule splits backward passes, linear maps and embeddings compute only the gradient of their input, and leave a
+computation for each of their weights with `WeightGradients`. Norms, positions and biases that are added after a sum
+over ranks have small gradients, which belong to the first half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Compute = Callable[[], list[tuple[Tensor, Tensor]]]
+"""Parameters with their gradients of one pass."""
+
+
+class WeightGradients:
+    """What the backward passes of one rank have left to do."""
+
+    def __init__(self) -> None:
+        self._left: list[Compute] = []
+
+    def leave(self, compute: Compute) -> None:
+        """Put off a part of the pass that runs now; what it needs stays in memory until then."""
+        self._left.append(compute)
+
+    def take(self) -> list[Compute]:
+        """What passes have left since this was asked last, in their order."""
+        left, self._left = self._left, []
+        return left
+
+
+def add_gradients(left: list[Compute]) -> None:
+    """Compute what was put off, and add it to the gradients of parameters as a backward pass does.
+
+    Hooks that wait for gradients (of ZeRO, or that add up bf16 in fp32) see an ordinary backward pass.
+
+    Args:
+        left: from `WeightGradients.take`; is emptied, so that each part frees what it needed.
+    """
+    left.reverse()
+    while left:
+        for parameter, gradient in left.pop()():
+            torch.autograd.backward(parameter, gradient)
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None) -> Tensor:
+    """A matrix product and a bias, [..., in] -> [..., out].
+
+    Args:
+        later: takes the gradients of weight and bias; None: backward computes them at once.
+    """
+    if later is None:
+        return F.linear(hidden, weight, bias)
+    return _Linear.apply(hidden, weight, bias, later)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def embedding(rows: Tensor, weight: Tensor, later: WeightGradients | None) -> Tensor:
+    """Rows of a matrix: integers [...] -> [..., hidden]; `later` as in `linear`."""
+    if later is None:
+        return F.embedding(rows, weight)
+    return _Embedding.apply(rows, weight, later)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def product_gradients(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of a product's weight [out, in] and bias [out], if it has one, as F.linear computes them.
+
+    Args:
+        gradient: of the output, [..., out].
+        hidden: the input, [..., in].
+    """
+    rows = gradient.flatten(0, -2)
+    found = [(weight, rows.t() @ hidden.flatten(0, -2))]
+    return found if bias is None else [*found, (bias, rows.sum(dim=0))]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.weight, ctx.bias, ctx.later = weight, bias, later
+        return F.linear(hidden, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
+        ctx.later.leave(lambda: product_gradients(gradient, hidden, weight, bias))
+        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, later: WeightGradients) -> Tensor:
+        ctx.rows, ctx.weight, ctx.later = rows, weight, later
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        rows, weight, gradient = ctx.rows, ctx.weight, gradients[0]
+
+        def compute() -> list[tuple[Tensor, Tensor]]:
+            found = torch.ops.aten.embedding_dense_backward(gradient, rows, len(weight), -1, False)
+            return [(weight, found)]
+
+        ctx.later.leave(compute)
+        return None, None, None

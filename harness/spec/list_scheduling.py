@@ -1,0 +1,248 @@
+"""List scheduling of a pipeline's split backward passes: which urgent pass comes next, and where weight passes fit.
+
+Forward passes and the half of a backward pass that computes the input's gradient are urgent, because other stages
+wait for them; weight passes fill the time in which a stage would be idle (arXiv 2401.10241, section 3.1).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.spec.passes import Pass, PassSeconds
+
+FORWARD, INPUT, WEIGHT = "forward", "backward_input", "backward_weight"
+KINDS = (FORWARD, INPUT, WEIGHT)
+Orders = list[list[Pass]]
+"""Every stage's passes in order."""
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What is to be scheduled: p stages, m micro-batches, v chunks per stage (1, or 2 in a V), times in whole ticks."""
+
+    p: int
+    m: int
+    v: int
+    ticks: PassSeconds
+
+    def part_of(self, stage: int, chunk: int) -> int:
+        """The model's part: with two chunks it goes down the stages and up again."""
+        return 2 * self.p - 1 - stage if chunk else stage
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """Stage and chunk of every part."""
+        down = [(stage, 0) for stage in range(self.p)]
+        return down if self.v == 1 else down + [(stage, 1) for stage in reversed(range(self.p))]
+
+    @cached_property
+    def cost(self) -> dict[tuple[int, str, int], int]:
+        """Duration of a pass by stage, kind and chunk."""
+        return {(s, kind, c): int(self.ticks.of(s, kind, c)) for s, c in self.places for kind in KINDS}
+
+    @cached_property
+    def transfer(self) -> int:
+        """Between different stages."""
+        return int(self.ticks.transfer)
+
+    @cached_property
+    def work(self) -> list[int]:
+        """Of every stage: the duration of all its passes."""
+        return [self.m * sum(cost for (s, _, _), cost in self.cost.items() if s == stage) for stage in range(self.p)]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """When the first forward pass can reach every stage."""
+        starts = [0]
+        for stage in range(self.p - 1):
+            starts.append(starts[-1] + self.cost[stage, FORWARD, 0] + self.transfer)
+        return starts
+
+    @cached_property
+    def lower_bound(self) -> int:
+        """No schedule is shorter: a stage can't begin earlier, and must do its work."""
+        return max(start + work for start, work in zip(self.starts, self.work, strict=True))
+
+    def needed(self, kind: str, micro_batch: int, part: int) -> tuple[str, int, int] | None:
+        """What a forward or input pass waits for: kind, micro-batch and part."""
+        if kind == FORWARD:
+            return (FORWARD, micro_batch, part - 1) if part else None
+        return (INPUT, micro_batch, part + 1) if part < len(self.places) - 1 else (FORWARD, micro_batch, part)
+
+
+def greedy_order(pipe: Pipe, limit: int) -> Orders:
+    """What a simulation does in which a free stage starts whatever has arrived; without its weight passes.
+
+    A stage prefers an input pass, then the later chunk's forward pass, and fills in a weight pass if that ends before
+    the next known arrival or frees the memory that a forward pass waits for.
+    """
+    greedy = _Greedy(pipe, limit)
+    while greedy.events:
+        now, stage = heapq.heappop(greedy.events)
+        if greedy.free[stage] <= now and (step := greedy.choose(stage, now)):
+            greedy.start(stage, now, step)
+    return greedy.orders
+
+
+class _Greedy:
+    """The state of a greedy simulation, whose events are the times at which a stage may have something to start."""
+
+    def __init__(self, pipe: Pipe, limit: int) -> None:
+        self.pipe, self.limit = pipe, limit
+        self.events = [(0, stage) for stage in range(pipe.p)]
+        self.orders: Orders = [[] for _ in range(pipe.p)]
+        self.free = [0] * pipe.p
+        self._held = [[0] * pipe.v for _ in range(pipe.p)]
+        self._weights: list[deque[Pass]] = [deque() for _ in range(pipe.p)]
+        first = [deque((0, micro_batch) for micro_batch in range(pipe.m))]
+        parts = len(pipe.places)
+        self._arrived: dict[tuple[str, int], deque[tuple[int, int]]] = {
+            (kind, part): deque() for kind in (FORWARD, INPUT) for part in range(parts)
+        } | {(FORWARD, 0): first[0]}
+        self._choices = [(INPUT, c) for c in range(pipe.v)] + [(FORWARD, c) for c in reversed(range(pipe.v))]
+
+    def choose(self, stage: int, now: int) -> Pass | None:
+        """What the stage starts now, if anything."""
+        soonest: float = math.inf
+        full = False
+        for kind, chunk in self._choices:
+            arrived = self._arrived[kind, self.pipe.part_of(stage, chunk)]
+            if not arrived:
+                continue
+            time, micro_batch = arrived[0]
+            if kind == FORWARD and not self._has_room(stage, chunk):
+                full = full or time <= now
+            elif time <= now:
+                return Pass(kind, micro_batch, chunk)
+            else:
+                soonest = min(soonest, time)
+        if self._weights[stage]:
+            weight = self._weights[stage][0]
+            if full or now + self.pipe.cost[stage, WEIGHT, weight.chunk] <= soonest:
+                return weight
+        return None
+
+    def _has_room(self, stage: int, chunk: int) -> bool:
+        """Whether a forward pass may be held without stages waiting for each other for ever.
+
+        A last chunk's pass can always go on to its weight pass, so either one is held or there is room for one: the
+        oldest micro-batch finds room at every stage.
+        """
+        held, last = self._held[stage], self.pipe.v - 1
+        return sum(held) + (chunk < last and not held[last]) < self.limit
+
+    def start(self, stage: int, now: int, step: Pass) -> None:
+        """Run a pass and hand on what it computes."""
+        kind, micro_batch, chunk = step
+        end = self.free[stage] = now + self.pipe.cost[stage, kind, chunk]
+        heapq.heappush(self.events, (end, stage))
+        if kind == WEIGHT:
+            self._weights[stage].popleft()
+            self._held[stage][chunk] -= 1
+            return
+        self.orders[stage].append(step)
+        part = self.pipe.part_of(stage, chunk)
+        self._arrived[kind, part].popleft()
+        if kind == INPUT:
+            self._weights[stage].append(Pass(WEIGHT, micro_batch, chunk))
+            following = part - 1
+        else:
+            self._held[stage][chunk] += 1
+            following = part + 1
+            if following == len(self.pipe.places):
+                kind, following = INPUT, part
+        if following >= 0:
+            receiver = self.pipe.places[following][0]
+            arrival = end if receiver == stage else end + self.pipe.transfer
+            self._arrived[kind, following].append((arrival, micro_batch))
+            heapq.heappush(self.events, (arrival, receiver))
+
+
+def place_weights(pipe: Pipe, urgent: Orders, limit: int, allowed: float, shortest: float) -> Orders | None:
+    """The urgent passes in their order, and weight passes in the gaps.
+
+    A weight pass is put where it delays nothing, where a forward pass needs memory, and in a gap too short for it
+    where its stage would otherwise be idle for more than `allowed` in all (arXiv 2401.10241, section 3.1).
+
+    Returns:
+        None if the limit doesn't let this order run, or if it takes longer than `shortest`.
+    """
+    placing = _Placing(pipe, urgent, limit, allowed, shortest)
+    while placing.runnable:
+        if not placing.advance(placing.runnable.pop()):
+            return None
+    return placing.finish()
+
+
+class _Placing:
+    """Stages that each run ahead until they must wait for another, which puts them back to `runnable`."""
+
+    def __init__(self, pipe: Pipe, urgent: Orders, limit: int, allowed: float, shortest: float) -> None:
+        self.pipe, self.urgent, self.limit, self.allowed, self.shortest = pipe, urgent, limit, allowed, shortest
+        self.runnable = list(range(pipe.p))
+        self._orders: Orders = [[] for _ in urgent]
+        self._next = [0] * pipe.p
+        self._clock = [0] * pipe.p
+        self._idle = [0] * pipe.p
+        self._held = [0] * pipe.p
+        self._left = list(pipe.work)
+        self._weights: list[deque[Pass]] = [deque() for _ in urgent]
+        self._done: dict[tuple[str, int, int], tuple[int, int]] = {}
+        self._waiting: dict[tuple[str, int, int], int] = {}
+
+    def advance(self, stage: int) -> bool:
+        """Run a stage's passes until one's input isn't computed yet; whether a schedule can still come of it."""
+        urgent = self.urgent[stage]
+        while self._next[stage] < len(urgent):
+            step = kind, micro_batch, chunk = urgent[self._next[stage]]
+            part = self.pipe.part_of(stage, chunk)
+            needed = self.pipe.needed(kind, micro_batch, part)
+            arrival = 0
+            if needed is not None:
+                if needed not in self._done:
+                    self._waiting[needed] = stage
+                    return True
+                arrival, sender = self._done[needed]
+                arrival += 0 if sender == stage else self.pipe.transfer
+            while self._weights[stage] and self._fits(stage, kind, arrival):
+                self._run(stage, self._weights[stage].popleft())
+                self._held[stage] -= 1
+            wait = max(arrival - self._clock[stage], 0)
+            self._idle[stage] += wait if self._orders[stage] else 0
+            self._clock[stage] += wait
+            full = kind == FORWARD and self._held[stage] >= self.limit
+            if full or self._clock[stage] + self._left[stage] > self.shortest:
+                return False
+            self._run(stage, step)
+            self._next[stage] += 1
+            if kind == FORWARD:
+                self._held[stage] += 1
+            else:
+                self._weights[stage].append(Pass(WEIGHT, micro_batch, chunk))
+            self._done[kind, micro_batch, part] = (self._clock[stage], stage)
+            if (kind, micro_batch, part) in self._waiting:
+                self.runnable.append(self._waiting.pop((kind, micro_batch, part)))
+        return True
+
+    def _fits(self, stage: int, kind: str, arrival: int) -> bool:
+        """Whether the next weight pass comes before an urgent one whose input arrives then."""
+        clock = self._clock[stage]
+        end = clock + self.pipe.cost[stage, WEIGHT, self._weights[stage][0].chunk]
+        too_idle = clock < arrival and self._idle[stage] + arrival - clock > self.allowed
+        return end <= arrival or too_idle or (kind == FORWARD and self._held[stage] >= self.limit)
+
+    def _run(self, stage: int, step: Pass) -> None:
+        cost = self.pipe.cost[stage, step.kind, step.chunk]
+        self._orders[stage].append(step)
+        self._clock[stage] += cost
+        self._left[stage] -= cost
+
+    def finish(self) -> Orders | None:
+        """All orders with the weight passes that are left at their ends; None if stages wait for each other."""
+        if self._waiting:
+            return None
+        return [[*order, *weights] for order, weights in zip(self._orders, self._weights, strict=True)]

@@ -1,0 +1,141 @@
+"""What a schedule gains: its step beside that of 1F1B, in turns.
+
+    python tests/benchmarks/schedules.py [--pairs N] [--schedules a,b] [--emulated] [OVERRIDE ...]
+
+All engines live in the same processes and take a step in turn, on the same layers, data and threads: DeepSpeed's own
+pipeline engine with its own 1F1B, which waits at every transfer, and ours with each schedule. Compared is the wall time
+of a step, the slowest rank's, as the median of paired ratios; bubbles are the median over the steps. By default two
+stages compute on two cores. With `--emulated` four stages of two blocks wait for 15 and 30 ms per block, whose backward
+pass splits into halves: then the gain of equal passes with free transfers (`ideal`) is known beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+REAL = (
+    "model=gpt2_tiny", "model.num_hidden_layers=8", "model.hidden_size=512", "model.num_attention_heads=8",
+    "model.vocab_size=4096", "model.max_position_embeddings=256", "parallel.pp=2", "data=synthetic",
+    "train.sequence_length=256", "train.micro_batch_size=1", "train.global_batch_size=8",
+)  # fmt: skip
+EMULATED = (
+    "model=emulated", "model.num_hidden_layers=8", "model.forward_seconds=0.015", "model.backward_seconds=0.03",
+    "parallel.pp=4", "data=synthetic", "train.sequence_length=16", "train.micro_batch_size=1",
+    "train.global_batch_size=8", "launch.max_ranks_per_core=8",
+)  # fmt: skip
+FIRST_STEPS = 3
+"""Not counted: buffers and the shape handshake."""
+
+
+def main() -> None:
+    """Start the ranks and print the table."""
+    from benchmarks.circumstances import print_circumstances
+    from benchmarks.overhead import median_interval
+    from distributed import run_ranks
+    from helpers import make_config
+
+    from harness.spec.schedules import SCHEDULES, ideal_bubble_overhead_of
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--schedules", default=",".join(SCHEDULES))
+    parser.add_argument("--emulated", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    overrides = [*(EMULATED if arguments.emulated else REAL), *arguments.overrides]
+    names = arguments.schedules.split(",")
+    configs = {name: make_config(*overrides, f"parallel.schedule={name}") for name in ("1f1b", *names)}
+    print_circumstances()
+    with tempfile.TemporaryDirectory() as folder:
+        case = {"overrides": overrides, "schedules": names, "pairs": arguments.pairs}
+        answer = run_ranks(configs["1f1b"].parallel.pp, "benchmarks.schedules", case, Path(folder), timeout=3600)
+    print("| schedule | step ms | 1F1B of DeepSpeed / it | 95 % interval | ideal | bubble, ideal | measured |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    stock = answer["stock"]["seconds"]
+    print(f"| DeepSpeed's own 1f1b | {statistics.median(stock) * 1e3:.1f} | 1 | | 1 | | |")
+    of_1f1b = ideal_bubble_overhead_of(configs["1f1b"])
+    for name in names:
+        seconds, fractions = answer[name]["seconds"], answer[name]["bubbles"]
+        ratios = [theirs / ours for theirs, ours in zip(stock, seconds, strict=True)]
+        low, high = median_interval(ratios)
+        overhead = ideal_bubble_overhead_of(configs[name])
+        print(
+            f"| {name} | {statistics.median(seconds) * 1e3:.1f} | {statistics.median(ratios):.3f} "
+            f"| {low:.3f}-{high:.3f} | "
+            f"{(1 + of_1f1b) / (1 + overhead):.3f} | {overhead / (1 + overhead):.3f} "
+            f"| {statistics.median(fractions):.3f} |"
+        )
+
+
+def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One rank: a step of each engine in turn, in changing order."""
+    import torch
+    import torch.distributed as dist
+    from benchmarks.overhead import build_bare
+    from helpers import make_config
+
+    from harness.machine import detect_machine
+    from harness.run.data import CorpusSamples, micro_batches
+    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.engines.engine import build_engine
+    from harness.run.instruments.tracer import Tracer, build_clock
+    from harness.run.tasks.train import set_up_device, share_corpus
+    from harness.spans.span import activity, bubble_of_step
+
+    initialize_distributed()
+    rank = int(os.environ["RANK"])
+    machine = detect_machine()
+    plain = make_config(*case["overrides"], machine=machine)
+    device = set_up_device(plain, machine)
+    samples = CorpusSamples(plain, share_corpus(plain, rank))
+
+    def stock() -> tuple[Callable[[], Any], Callable[[], float]]:
+        engine, data = build_bare(plain, rank), micro_batches(plain, samples, dp_rank=0)
+        return lambda: float(engine.train_batch(data_iter=data)), lambda: float("nan")
+
+    def ours(name: str) -> tuple[Callable[[], Any], Callable[[], float]]:
+        config = make_config(*case["overrides"], f"parallel.schedule={name}", machine=machine)
+        engine, data = build_engine(config, rank), micro_batches(config, samples, dp_rank=0)
+        tracer = Tracer(build_clock(machine.device_kind))
+        tracer.attach(engine)
+
+        def step() -> None:
+            tracer.start_step()
+            engine.train_step(data)
+
+        def bubble() -> float:
+            of_ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(of_ranks, activity(tracer.spans(1)))
+            return bubble_of_step(engine.topology.arranged(of_ranks)).fraction
+
+        return step, bubble
+
+    engines = {"stock": stock(), **{name: ours(name) for name in case["schedules"]}}
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bubbles": []} for name in engines}
+    for number in range(FIRST_STEPS + case["pairs"]):
+        for name in engines if number % 2 else reversed(engines):
+            step, bubble = engines[name]
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+            fraction = bubble()
+            if number >= FIRST_STEPS:
+                found[name]["seconds"].append(float(slowest))
+                found[name]["bubbles"].append(fraction)
+    return found
+
+
+if __name__ == "__main__":
+    main()
