@@ -107,11 +107,16 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/spec/zero_bubble.py",
+        "tests/test_schedule.py -k torch",
+        False,
+        {"weights_a_micro_batch_early": ("(WEIGHT, number - ahead - stage)", "(WEIGHT, number - ahead - stage + 1)")},
+    ),
+    *slips(
         "harness/spec/schedules.py",
         "tests/test_schedule.py",
         False,
         {
-            "weights_a_micro_batch_early": ("if number >= late:", "if number > late:"),
             "held_until_the_input_gradient": ("now += waiting[chunk] - of_chunk[chunk]", "now -= of_chunk[chunk]"),
             "a_hand_over_is_received": (
                 'if before != stage:\n                yield Instruction("recv',
@@ -358,6 +363,12 @@ SLIPS = [
         {
             "drift_sign": ("start.offset_ns + round(", "start.offset_ns - round("),
         },
+    ),
+    *slips(
+        "harness/spec/zero_bubble.py",
+        "tests/test_schedule.py -k torch",
+        False,
+        {"weights_a_micro_batch_early": ("(WEIGHT, number - ahead - stage)", "(WEIGHT, number - ahead - stage + 1)")},
     ),
     *slips(
         "harness/spec/schedules.py",

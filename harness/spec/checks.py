@@ -12,7 +12,7 @@ from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
 from harness.spec.precision import PRECISIONS
-from harness.spec.schedules import SCHEDULES, check_sizes
+from harness.spec.schedules import SCHEDULES, check_file, check_sizes, kind_of
 from harness.spec.versions import later_in
 
 
@@ -132,15 +132,19 @@ def _check_batch(config: RunConfig) -> None:
 
 def _check_schedule(config: RunConfig) -> None:
     parallel = config.parallel
-    if parallel.schedule not in SCHEDULES:
-        raise ConfigError(f"parallel.schedule={parallel.schedule} is not available; use {_or(list(SCHEDULES))}")
-    try:
-        check_sizes(
-            parallel.schedule, parallel.pp, config.num_micro_batches, parallel.num_chunks, parallel.schedule_memory
+    if parallel.schedule_passes is None and parallel.schedule not in SCHEDULES:
+        raise ConfigError(
+            f"parallel.schedule={parallel.schedule} is not available; use {_or([*SCHEDULES, 'a file, NAME.csv'])}"
         )
+    sizes = parallel.pp, config.num_micro_batches, parallel.num_chunks, parallel.schedule_memory
+    try:
+        if parallel.schedule_passes is None:
+            check_sizes(parallel.schedule, *sizes)
+        else:
+            check_file(config)
     except ValueError as error:
         raise ConfigError(f"parallel.schedule={parallel.schedule}: {error}") from None
-    if SCHEDULES[parallel.schedule].splits and not engine_kind(parallel.engine).splits_backward:
+    if kind_of(parallel).splits and not engine_kind(parallel.engine).splits_backward:
         raise ConfigError(
             f"parallel.schedule={parallel.schedule} splits backward passes, which parallel.engine={parallel.engine} "
             "can't; use another schedule or engine"

@@ -127,7 +127,7 @@ class Parallel(Section):
     dp: PositiveInt
     """Data-parallel replicas (`fill` in the configuration: devices / (tp x pp))."""
     schedule: str
-    """Order of forwards and backwards, an entry of `harness.spec.schedules`."""
+    """Order of forwards and backwards, an entry of `harness.spec.schedules`; or a file, FILE.csv."""
     partition: Literal["uniform", "parameters", "cost"] | list[PositiveInt]
     """Layers per stage: balanced by number, parameters or FLOPs (head included), or listed. Where stages have several
     chunks, layers per part, in the order of the model."""
@@ -139,8 +139,11 @@ class Parallel(Section):
     """What trains, an entry of `harness.spec.engines`; torch: plain torch on one rank."""
     num_chunks: PositiveInt = 1
     """Parts of the model on each stage (`null` in the configuration: 1, or 2 with interleaved, zb_v and dualpipev)."""
-    schedule_memory: PositiveFloat = 1.0
-    """Activations that a stage may hold with zb_auto and zb_v, in multiples of those of 1F1B's first stage."""
+    schedule_memory: PositiveFloat | None = None
+    """Activations that a stage may hold with zb_auto and zb_v, in multiples of those of 1F1B's first stage; null: as
+    many as it. A schedule from a file that holds more is refused; null: it may hold any."""
+    schedule_passes: list[str] | None = None
+    """What parallel.schedule=FILE.csv holds, a line per stage; filled in from the file."""
 
     @property
     def topology(self) -> Topology:

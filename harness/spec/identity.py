@@ -31,6 +31,8 @@ def identity(config: RunConfig, data_fingerprint: str) -> str:
         excluded["train"] = {"checkpoint_interval", "keep_checkpoints"}
     content = config.model_dump(exclude=excluded, exclude_defaults=True)
     content |= {"data": data_fingerprint, "threads_per_rank": config.launch.threads_per_rank}
+    if config.parallel.schedule_passes is not None:  # and the file of a schedule may have another name
+        content["parallel"].pop("schedule")
     if config.train.resume is not None:  # a moved checkpoint stays the same, too
         content["train"]["resume"] = fingerprint(config.train.resume)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""List scheduling of a pipeline's split backward passes: which urgent pass comes next, and where weight passes fit.
+"""List scheduling of a pipeline's split backward passes: what is scheduled, and which urgent pass comes next.
 
 Forward passes and the half of a backward pass that computes the input's gradient are urgent, because other stages
 wait for them; weight passes fill the time in which a stage would be idle (arXiv 2401.10241, section 3.1).
@@ -18,6 +18,8 @@ FORWARD, INPUT, WEIGHT = "forward", "backward_input", "backward_weight"
 KINDS = (FORWARD, INPUT, WEIGHT)
 Orders = list[list[Pass]]
 """Every stage's passes in order."""
+WHOLE = 10**9
+"""What a pass holds from its forward to its input pass."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Pipe:
     m: int
     v: int
     ticks: PassSeconds
+    kept: int = WHOLE
+    """What a pass holds from its input to its weight pass."""
 
     def part_of(self, stage: int, chunk: int) -> int:
         """The model's part: with two chunks it goes down the stages and up again."""
@@ -63,9 +67,41 @@ class Pipe:
         return starts
 
     @cached_property
-    def lower_bound(self) -> int:
+    def least_makespan(self) -> int:
         """No schedule is shorter: a stage can't begin earlier, and must do its work."""
         return max(start + work for start, work in zip(self.starts, self.work, strict=True))
+
+    @cached_property
+    def least_longest_stage(self) -> int:
+        """No schedule's longest stage is shorter.
+
+        With one chunk the first stage waits for the last one's forward and input passes and for the way there and back.
+        """
+        if self.v == 2:
+            return max(self.work)
+        inputs = [self.cost[stage, INPUT, 0] for stage in range(self.p)]
+        busy = self.m * (self.cost[self.p - 1, FORWARD, 0] + inputs[-1])
+        back = sum(inputs[:-1]) + (self.p - 1) * self.transfer
+        return max(*self.work, self.starts[-1] + busy + back + self.cost[0, WEIGHT, 0])
+
+    @cached_property
+    def _held_for(self) -> list[int]:
+        """Of every stage: what a micro-batch's passes hold at least, each times how long, in WHOLE ticks."""
+        held = [0] * self.p
+        round_trip = 0
+        following = self.p
+        for part in reversed(range(len(self.places))):
+            stage, chunk = self.places[part]
+            round_trip += self.cost[stage, FORWARD, chunk] + self.cost[stage, INPUT, chunk]
+            round_trip += 2 * self.transfer if following not in (self.p, stage) else 0
+            held[stage] += WHOLE * round_trip + self.kept * self.cost[stage, WEIGHT, chunk]
+            following = stage
+        return held
+
+    def least_makespan_within(self, limit: int) -> int:
+        """No schedule that holds so many passes is shorter: all micro-batches are held for as long as they must be."""
+        held = (self.m * held // (limit * WHOLE) for held in self._held_for)
+        return max(self.least_makespan, *(start + time for start, time in zip(self.starts, held, strict=True)))
 
     def needed(self, kind: str, micro_batch: int, part: int) -> tuple[str, int, int] | None:
         """What a forward or input pass waits for: kind, micro-batch and part."""
@@ -133,7 +169,8 @@ class _Greedy:
         oldest micro-batch finds room at every stage.
         """
         held, last = self._held[stage], self.pipe.v - 1
-        return sum(held) + (chunk < last and not held[last]) < self.limit
+        reserved = max(WHOLE - held[last], 0) if chunk < last else 0
+        return sum(held) + reserved + WHOLE <= self.limit * WHOLE
 
     def start(self, stage: int, now: int, step: Pass) -> None:
         """Run a pass and hand on what it computes."""
@@ -142,16 +179,17 @@ class _Greedy:
         heapq.heappush(self.events, (end, stage))
         if kind == WEIGHT:
             self._weights[stage].popleft()
-            self._held[stage][chunk] -= 1
+            self._held[stage][chunk] -= self.pipe.kept
             return
         self.orders[stage].append(step)
         part = self.pipe.part_of(stage, chunk)
         self._arrived[kind, part].popleft()
         if kind == INPUT:
             self._weights[stage].append(Pass(WEIGHT, micro_batch, chunk))
+            self._held[stage][chunk] -= WHOLE - self.pipe.kept
             following = part - 1
         else:
-            self._held[stage][chunk] += 1
+            self._held[stage][chunk] += WHOLE
             following = part + 1
             if following == len(self.pipe.places):
                 kind, following = INPUT, part
@@ -160,89 +198,3 @@ class _Greedy:
             arrival = end if receiver == stage else end + self.pipe.transfer
             self._arrived[kind, following].append((arrival, micro_batch))
             heapq.heappush(self.events, (arrival, receiver))
-
-
-def place_weights(pipe: Pipe, urgent: Orders, limit: int, allowed: float, shortest: float) -> Orders | None:
-    """The urgent passes in their order, and weight passes in the gaps.
-
-    A weight pass is put where it delays nothing, where a forward pass needs memory, and in a gap too short for it
-    where its stage would otherwise be idle for more than `allowed` in all (arXiv 2401.10241, section 3.1).
-
-    Returns:
-        None if the limit doesn't let this order run, or if it takes longer than `shortest`.
-    """
-    placing = _Placing(pipe, urgent, limit, allowed, shortest)
-    while placing.runnable:
-        if not placing.advance(placing.runnable.pop()):
-            return None
-    return placing.finish()
-
-
-class _Placing:
-    """Stages that each run ahead until they must wait for another, which puts them back to `runnable`."""
-
-    def __init__(self, pipe: Pipe, urgent: Orders, limit: int, allowed: float, shortest: float) -> None:
-        self.pipe, self.urgent, self.limit, self.allowed, self.shortest = pipe, urgent, limit, allowed, shortest
-        self.runnable = list(range(pipe.p))
-        self._orders: Orders = [[] for _ in urgent]
-        self._next = [0] * pipe.p
-        self._clock = [0] * pipe.p
-        self._idle = [0] * pipe.p
-        self._held = [0] * pipe.p
-        self._left = list(pipe.work)
-        self._weights: list[deque[Pass]] = [deque() for _ in urgent]
-        self._done: dict[tuple[str, int, int], tuple[int, int]] = {}
-        self._waiting: dict[tuple[str, int, int], int] = {}
-
-    def advance(self, stage: int) -> bool:
-        """Run a stage's passes until one's input isn't computed yet; whether a schedule can still come of it."""
-        urgent = self.urgent[stage]
-        while self._next[stage] < len(urgent):
-            step = kind, micro_batch, chunk = urgent[self._next[stage]]
-            part = self.pipe.part_of(stage, chunk)
-            needed = self.pipe.needed(kind, micro_batch, part)
-            arrival = 0
-            if needed is not None:
-                if needed not in self._done:
-                    self._waiting[needed] = stage
-                    return True
-                arrival, sender = self._done[needed]
-                arrival += 0 if sender == stage else self.pipe.transfer
-            while self._weights[stage] and self._fits(stage, kind, arrival):
-                self._run(stage, self._weights[stage].popleft())
-                self._held[stage] -= 1
-            wait = max(arrival - self._clock[stage], 0)
-            self._idle[stage] += wait if self._orders[stage] else 0
-            self._clock[stage] += wait
-            full = kind == FORWARD and self._held[stage] >= self.limit
-            if full or self._clock[stage] + self._left[stage] > self.shortest:
-                return False
-            self._run(stage, step)
-            self._next[stage] += 1
-            if kind == FORWARD:
-                self._held[stage] += 1
-            else:
-                self._weights[stage].append(Pass(WEIGHT, micro_batch, chunk))
-            self._done[kind, micro_batch, part] = (self._clock[stage], stage)
-            if (kind, micro_batch, part) in self._waiting:
-                self.runnable.append(self._waiting.pop((kind, micro_batch, part)))
-        return True
-
-    def _fits(self, stage: int, kind: str, arrival: int) -> bool:
-        """Whether the next weight pass comes before an urgent one whose input arrives then."""
-        clock = self._clock[stage]
-        end = clock + self.pipe.cost[stage, WEIGHT, self._weights[stage][0].chunk]
-        too_idle = clock < arrival and self._idle[stage] + arrival - clock > self.allowed
-        return end <= arrival or too_idle or (kind == FORWARD and self._held[stage] >= self.limit)
-
-    def _run(self, stage: int, step: Pass) -> None:
-        cost = self.pipe.cost[stage, step.kind, step.chunk]
-        self._orders[stage].append(step)
-        self._clock[stage] += cost
-        self._left[stage] -= cost
-
-    def finish(self) -> Orders | None:
-        """All orders with the weight passes that are left at their ends; None if stages wait for each other."""
-        if self._waiting:
-            return None
-        return [[*order, *weights] for order, weights in zip(self._orders, self._weights, strict=True)]

@@ -62,13 +62,13 @@ class Timing(NamedTuple):
     """The same of the stage where it is longest: what arXiv 2401.10241, section 4.1, calls cost."""
 
 
-def time_passes(orders: Orders, seconds: PassSeconds, part_of: PartOf) -> Timing:
-    """When every pass ends.
+def time_passes(orders: Orders, seconds: PassSeconds, part_of: PartOf, free: Sequence[float] | None = None) -> Timing:
+    """When every pass ends, with stages that are `free` from the start or from then.
 
     Raises:
         ValueError: stages wait for each other for ever, or for a pass that no stage has.
     """
-    run = _Run(orders, seconds, part_of)
+    run = _Run(orders, seconds, part_of, free or [0] * len(orders))
     while run.runnable:
         run.advance(run.runnable.pop())
     run.check_end()
@@ -80,24 +80,29 @@ def time_passes(orders: Orders, seconds: PassSeconds, part_of: PartOf) -> Timing
     )
 
 
-def most_held(order: Sequence[Pass]) -> int:
-    """Passes whose activations a stage holds at once: each from its forward to its last backward pass."""
-    most = held = 0
+def most_held(order: Sequence[Pass], kept: float = 1.0) -> float:
+    """The most that a stage holds at once, in passes: each from its forward to its backward pass.
+
+    Of a split backward pass the input half leaves `kept` of it, for the weight half (arXiv 2401.10241, section 2.2).
+    """
+    most: float = 0
+    whole = share = 0
     for kind, _, _ in order:
-        held += (kind == "forward") - (kind in ("backward", "backward_weight"))
-        most = max(most, held)
-    return most
+        whole += (kind == "forward") - (kind in ("backward", "backward_input"))
+        share += (kind == "backward_input") - (kind == "backward_weight")
+        most = max(most, whole + kept * share)
+    return round(most, 9)
 
 
 class _Run:
     """Stages that each run ahead until they must wait for another, which puts them back to `runnable`."""
 
-    def __init__(self, orders: Orders, seconds: PassSeconds, part_of: PartOf) -> None:
+    def __init__(self, orders: Orders, seconds: PassSeconds, part_of: PartOf, free: Sequence[float]) -> None:
         self.orders, self.seconds = orders, seconds
         self.runnable = list(range(len(orders)))
         self.ends: list[list[float]] = [[] for _ in orders]
         self.starts: list[float] = [0] * len(orders)
-        self.clocks: list[float] = [0] * len(orders)
+        self.clocks = list(free)
         used = sorted({(stage, chunk) for stage, order in enumerate(orders) for _, _, chunk in order})
         self._parts = {place: part_of(*place) for place in used}
         self._durations = {

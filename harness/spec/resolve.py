@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,7 +17,8 @@ from harness.errors import ConfigError
 from harness.machine import Machine
 from harness.spec.checks import check
 from harness.spec.config import REPOSITORY, RunConfig
-from harness.spec.schedules import SCHEDULES
+from harness.spec.schedule_files import read_schedule
+from harness.spec.schedules import SCHEDULES, kind_of_passes
 from harness.spec.transformers_config import resolve_model
 
 
@@ -40,7 +42,7 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
     if isinstance(resume := raw["train"].get("resume"), str):
         raw["train"]["resume"] = str(find_checkpoint(resume))
     _resolve_dp(raw["parallel"], machine)
-    _resolve_chunks(raw["parallel"])
+    _resolve_schedule(raw["parallel"])
     _resolve_threads(raw["launch"], raw["parallel"], machine)
     try:
         config = RunConfig.model_validate(raw)
@@ -66,10 +68,21 @@ def _resolve_dp(parallel: dict[str, Any], machine: Machine) -> None:
     parallel["dp"] = machine.num_devices // (tp * pp)
 
 
-def _resolve_chunks(parallel: dict[str, Any]) -> None:
-    """Replace null by what the schedule has where nothing is asked for."""
+def _resolve_schedule(parallel: dict[str, Any]) -> None:
+    """Read a schedule's file, whose name remains; replace null chunks by what the schedule has."""
+    schedule, kind = parallel.get("schedule"), None
+    if isinstance(schedule, str) and schedule.endswith(".csv") and parallel.get("schedule_passes") is None:
+        file = Path(schedule).expanduser()
+        parallel["schedule"], parallel["schedule_passes"] = file.name, read_schedule(file)
+    passes = parallel.get("schedule_passes")
+    if isinstance(passes, list) and all(isinstance(row, str) for row in passes):
+        try:
+            kind = kind_of_passes(tuple(passes))
+        except ValueError as error:
+            raise ConfigError(f"parallel.schedule={parallel.get('schedule')}: {error}") from None
+    elif isinstance(schedule, str):
+        kind = SCHEDULES.get(schedule)
     if parallel.get("num_chunks") is None:
-        kind = SCHEDULES.get(str(parallel.get("schedule")))
         parallel["num_chunks"] = kind.num_chunks if kind else 1
 
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from harness.errors import ConfigError
 from harness.spec.passes import Orders, Pass, PassSeconds, time_passes
 from harness.spec.placement import Placement
-from harness.spec.zero_bubble import list_schedule
+from harness.spec.schedule_files import passes_of
+from harness.spec.zero_bubble import list_schedule, zb_h1_passes
 
 if TYPE_CHECKING:
     from harness.spec.config import Parallel, RunConfig
@@ -67,8 +68,8 @@ class Stage:
     num_stages: int
     num_micro_batches: int
     num_chunks: int = 1
-    memory: float = 1.0
-    """Limit of the activations that a stage holds, in multiples of those of 1F1B's first stage."""
+    memory: float | None = None
+    """Limit of the activations that a stage holds, in multiples of those of 1F1B's first stage; None: as many as it."""
 
     @property
     def num_following(self) -> int:
@@ -153,15 +154,8 @@ def zb_h1(stage: Stage) -> Iterator[Instruction]:
         stage 1   .  F0 F1 .  I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
         stage 2   .  .  F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
     """
-    ahead, late, m = min(stage.num_following, stage.num_micro_batches), stage.index, stage.num_micro_batches
-    yield from map(forward, range(ahead))
-    for number in range(m):
-        if number + ahead < m:
-            yield forward(number + ahead)
-        yield backward_input(number)
-        if number >= late:
-            yield backward_weight(number - late)
-    yield from map(backward_weight, range(max(0, m - late), m))
+    passes = zb_h1_passes(stage.index, stage.num_stages, stage.num_micro_batches)
+    yield from (Instruction(*step) for step in passes)
 
 
 def dualpipev(stage: Stage) -> Iterator[Instruction]:
@@ -211,7 +205,8 @@ def zero_bubble(stage: Stage) -> Iterator[Instruction]:
     Raises:
         ValueError: too little memory for any.
     """
-    orders = _zero_bubble_orders(stage.num_stages, stage.num_micro_batches, stage.num_chunks, stage.memory)
+    memory = 1.0 if stage.memory is None else stage.memory
+    orders = _zero_bubble_orders(stage.num_stages, stage.num_micro_batches, stage.num_chunks, memory)
     yield from (Instruction(*step) for step in orders[stage.index])
 
 
@@ -323,26 +318,34 @@ def most_held(instructions: Iterable[Instruction], of_chunk: Sequence[float], wa
 
 
 def build_schedule(
-    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+    name: str,
+    num_stages: int,
+    num_micro_batches: int,
+    num_chunks: int | None = None,
+    memory: float | None = None,
+    kind: ScheduleKind | None = None,
 ) -> Schedule:
     """The instructions of all stages.
 
     Args:
-        name: a key of `SCHEDULES`.
+        name: a key of `SCHEDULES`, or what is said of the given kind.
         num_chunks: parts of the model per stage; None: as many as the schedule has where nothing is asked for.
         memory: limit of the activations that a stage holds, in multiples of those of 1F1B's first stage.
 
     Raises:
         ValueError: an unknown name, or sizes that the schedule can't run.
     """
-    placement = build_placement(name, num_stages, num_chunks)
+    kind = kind or schedule_kind(name)
+    placement = build_placement(name, num_stages, num_chunks, kind)
     if num_micro_batches < 1:
         raise ValueError(f"a schedule needs at least 1 micro-batch, not {num_micro_batches}")
-    return _build(name, schedule_kind(name), placement, num_micro_batches, memory)
+    return _build(name, kind, placement, num_micro_batches, memory)
 
 
 @lru_cache(maxsize=64)
-def _build(name: str, kind: ScheduleKind, placement: Placement, num_micro_batches: int, memory: float) -> Schedule:
+def _build(
+    name: str, kind: ScheduleKind, placement: Placement, num_micro_batches: int, memory: float | None
+) -> Schedule:
     num_stages, num_chunks = placement.num_stages, placement.num_chunks
     stages = [
         list(kind.generate(Stage(index, num_stages, num_micro_batches, num_chunks, memory)))
@@ -356,28 +359,111 @@ def _build(name: str, kind: ScheduleKind, placement: Placement, num_micro_batche
 
 
 def check_sizes(
-    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float | None = None
 ) -> None:
-    """Refuse sizes that a schedule can't run.
+    """Refuse sizes that a schedule of the table can't run.
 
     Raises:
         ValueError: with what can be run.
     """
     kind, placement = schedule_kind(name), build_placement(name, num_stages, num_chunks)
-    if memory != 1 and not kind.limits_memory:
+    if memory is not None and not kind.limits_memory:
         limiting = " or ".join(other for other, known in SCHEDULES.items() if known.limits_memory)
         raise ValueError(f"{name} keeps to no limit of memory, but schedule_memory={memory:g}; use {limiting}")
     stage = Stage(0, num_stages, num_micro_batches, placement.num_chunks, memory)
     next(kind.generate(stage), None)  # generators refuse before their first pass
 
 
-def build_placement(name: str, num_stages: int, num_chunks: int | None = None) -> Placement:
+def check_file(config: RunConfig) -> None:
+    """Refuse a schedule from a file that leaves out a pass, deadlocks, or holds more than `schedule_memory` allows.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    parallel, rows = config.parallel, config.parallel.schedule_passes or []
+    if len(rows) != parallel.pp:
+        raise ValueError(f"it has rows for {len(rows)} stages, but parallel.pp={parallel.pp}; make them equal")
+    num_micro_batches = 1 + max(number for row in rows for _, number, _ in passes_of(row))
+    if num_micro_batches != config.num_micro_batches:
+        raise ValueError(
+            f"it has passes of {num_micro_batches} micro-batches, but a step has {config.num_micro_batches}; change "
+            "train.global_batch_size or train.micro_batch_size"
+        )
+    schedule = schedule_of(config)
+    executed_overhead(schedule)  # refuses stages that wait for each other for ever
+    held, limit = max(schedule.most_in_flight), parallel.schedule_memory
+    if limit is not None and held > limit * parallel.pp:
+        raise ValueError(
+            f"it holds the activations of {held:g} micro-batches, but schedule_memory={limit:g} allows "
+            f"{limit * parallel.pp:g} on {parallel.pp} stages; raise it or run backward passes earlier"
+        )
+
+
+def kind_of(parallel: Parallel) -> ScheduleKind:
+    """What is known of a run's schedule.
+
+    Raises:
+        ValueError: passes from a file that no placement has.
+    """
+    passes = parallel.schedule_passes
+    return schedule_kind(parallel.schedule) if passes is None else kind_of_passes(tuple(passes))
+
+
+@lru_cache(maxsize=64)
+def kind_of_passes(rows: tuple[str, ...]) -> ScheduleKind:
+    """A schedule whose passes are given.
+
+    Args:
+        rows: of every stage, as `harness.spec.schedule_files.read_schedule` has them.
+
+    Raises:
+        ValueError: the parts of the stages are in neither a loop nor a V.
+    """
+    passes = [passes_of(row) for row in rows]
+    parts = [sorted({part for _, _, part in row}) for row in passes]
+    num_chunks = max(map(len, parts))
+    for placement in (Placement(len(rows), num_chunks, is_v) for is_v in (False, True)):
+        if parts == [sorted(placement.parts_of(stage)) for stage in range(len(rows))]:
+            break
+    else:
+        loop, v = (_parts_of_stages(Placement(len(rows), num_chunks, is_v)) for is_v in (False, True))
+        raise ValueError(
+            f"its stages have the parts {', '.join(map(str, parts))}; with {num_chunks} parts each, place them in a "
+            f"loop ({loop}) or in a V ({v})"
+        )
+    orders = [[Instruction(kind, number, placement.place(part)[1]) for kind, number, part in row] for row in passes]
+    splits = any(kind == "backward_weight" for row in passes for kind, _, _ in row)
+    return ScheduleKind(
+        lambda stage: iter(orders[stage.index]),
+        num_chunks=num_chunks,
+        most_chunks=num_chunks,
+        is_v=placement.is_v,
+        splits=splits,
+        limits_memory=True,
+    )
+
+
+def _parts_of_stages(placement: Placement) -> str:
+    return ", ".join(str(placement.parts_of(stage)) for stage in range(placement.num_stages))
+
+
+def passes_with_parts(schedule: Schedule) -> list[list[tuple[str, int, int]]]:
+    """Kind, micro-batch and part of every pass of every stage, as `write_schedule` takes them."""
+    return [
+        [(i.kind, i.micro_batch, schedule.placement.part(stage, i.chunk)) for i in order if i.kind in schedule.computes]
+        for stage, order in enumerate(schedule.stages)
+    ]
+
+
+def build_placement(
+    name: str, num_stages: int, num_chunks: int | None = None, kind: ScheduleKind | None = None
+) -> Placement:
     """Where a schedule has the parts of a model.
 
     Raises:
         ValueError: sizes that the schedule can't run.
     """
-    kind = schedule_kind(name)
+    kind = kind or schedule_kind(name)
     num_chunks = kind.num_chunks if num_chunks is None else num_chunks
     if num_stages < 1 or num_chunks < 1:
         raise ValueError(f"a schedule needs at least 1 stage and chunk, not {num_stages} and {num_chunks}")
@@ -453,7 +539,7 @@ WHOLE = (["forward", "backward"], ["forward", "backward_input", "backward_weight
 
 def placement_of(parallel: Parallel) -> Placement:
     """Where a run has the parts of its model."""
-    return build_placement(parallel.schedule, parallel.pp, parallel.num_chunks)
+    return build_placement(parallel.schedule, parallel.pp, parallel.num_chunks, kind_of(parallel))
 
 
 def schedule_of(config: RunConfig) -> Schedule:
@@ -462,19 +548,20 @@ def schedule_of(config: RunConfig) -> Schedule:
 
 
 def ideal_bubble_overhead_of(config: RunConfig) -> float:
-    """Of a run's schedule: idle over busy time with equal stages and free transfers."""
-    return ideal_bubble_overhead(*_sizes(config))
+    """Of a run's schedule: idle over busy time with equal passes and free transfers."""
+    return float(_ideal(*_sizes(config)))
 
 
 def ideal_bubble_fraction_of(config: RunConfig) -> float:
-    """Of a run's schedule: idle share of the pipeline's time with equal stages and free transfers."""
-    return ideal_bubble_fraction(*_sizes(config))
+    """Of a run's schedule: idle share of the pipeline's time with equal passes and free transfers."""
+    overhead = _ideal(*_sizes(config))
+    return float(overhead / (1 + overhead))
 
 
-def _sizes(config: RunConfig) -> tuple[str, int, int, int, float]:
+def _sizes(config: RunConfig) -> tuple[str, int, int, int, float | None, ScheduleKind]:
     parallel = config.parallel
-    sizes = parallel.pp, config.num_micro_batches, parallel.num_chunks
-    return parallel.schedule, *sizes, parallel.schedule_memory
+    sizes = parallel.pp, config.num_micro_batches, parallel.num_chunks, parallel.schedule_memory
+    return parallel.schedule, *sizes, kind_of(parallel)
 
 
 def schedule_kind(name: str) -> ScheduleKind:
@@ -489,25 +576,32 @@ def schedule_kind(name: str) -> ScheduleKind:
 
 
 def ideal_bubble_overhead(
-    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float | None = None
 ) -> float:
     """Idle over busy time with equal passes and free transfers; arguments as in `build_schedule`."""
     return float(_ideal(name, num_stages, num_micro_batches, num_chunks, memory))
 
 
 def ideal_bubble_fraction(
-    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float = 1.0
+    name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None = None, memory: float | None = None
 ) -> float:
     """Idle share of the pipeline's time with equal passes and free transfers; arguments as in `build_schedule`."""
     overhead = _ideal(name, num_stages, num_micro_batches, num_chunks, memory)
     return float(overhead / (1 + overhead))
 
 
-def _ideal(name: str, num_stages: int, num_micro_batches: int, num_chunks: int | None, memory: float) -> Fraction:
-    kind = schedule_kind(name)
+def _ideal(
+    name: str,
+    num_stages: int,
+    num_micro_batches: int,
+    num_chunks: int | None,
+    memory: float | None,
+    kind: ScheduleKind | None = None,
+) -> Fraction:
+    kind = kind or schedule_kind(name)
     if kind.ideal_overhead is not None:
         return kind.ideal_overhead(num_stages, num_micro_batches, num_chunks or kind.num_chunks)
-    return executed_overhead(build_schedule(name, num_stages, num_micro_batches, num_chunks, memory))
+    return executed_overhead(build_schedule(name, num_stages, num_micro_batches, num_chunks, memory, kind))
 
 
 def executed_overhead(schedule: Schedule) -> Fraction:

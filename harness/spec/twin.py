@@ -49,6 +49,8 @@ def twin_of(config: RunConfig) -> RunConfig:
 def _twin_micro_batches(config: RunConfig) -> int:
     """As few as the schedule takes, from `MICRO_BATCHES` on."""
     parallel, most = config.parallel, config.num_micro_batches
+    if parallel.schedule_passes is not None:  # a file has as many as it has
+        return most
     for number in range(min(MICRO_BATCHES, most), most):
         with suppress(ValueError):
             check_sizes(parallel.schedule, parallel.pp, number, parallel.num_chunks, parallel.schedule_memory)

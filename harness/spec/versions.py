@@ -67,6 +67,8 @@ def _unknown(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield from _leaves(problem["input"], ".".join(str(p) for p in problem["loc"] if _is_of_a_key(p)))
     else:  # names are checked against their tables, not by type
         tables: dict[str, Container[str]] = {"schedule": SCHEDULES, "engine": ENGINES}
+        if config.parallel.schedule_passes is not None:
+            tables.pop("schedule")
         names = {key: getattr(config.parallel, key) for key in tables}
         yield from ((f"parallel.{key}", name) for key, name in names.items() if name not in tables[key])
 

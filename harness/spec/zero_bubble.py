@@ -3,23 +3,31 @@
 The backward pass is split: the half that computes the input's gradient is urgent, because other stages wait for it;
 the half that computes the weights' gradients fills the time in which a stage would be idle. A schedule is made in two
 steps: an order of the urgent passes, from a small family of patterns and a greedy simulation, and then the weight
-passes, put where that order leaves gaps or where memory must be freed. The shortest one wins.
+passes, put where that order leaves gaps, where an urgent pass may wait or where memory must be freed. The shortest
+one wins.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from harness.spec.list_scheduling import FORWARD, INPUT, KINDS, WEIGHT, Orders, Pipe, greedy_order, place_weights
+from harness.spec.list_scheduling import FORWARD, INPUT, KINDS, WEIGHT, WHOLE, Orders, Pipe, greedy_order
 from harness.spec.passes import Pass, PassSeconds, most_held, time_passes
+from harness.spec.weight_passes import UrgentPasses, place_weights
 
 TICKS = 10**9
 """Per unit of time: sums of whole numbers don't depend on their order, so every rank finds the same schedule."""
 
 
 def list_schedule(
-    num_stages: int, num_micro_batches: int, num_chunks: int, seconds: PassSeconds, memory: float
+    num_stages: int,
+    num_micro_batches: int,
+    num_chunks: int,
+    seconds: PassSeconds,
+    memory: float,
+    kept: float = 1.0,
 ) -> Orders:
     """Every stage's passes in an order that takes as little time as this search finds.
 
@@ -31,14 +39,22 @@ def list_schedule(
         num_micro_batches: m.
         num_chunks: parts of the model per stage, 1 or 2.
         seconds: durations, the same for all micro-batches.
-        memory: limit of what a stage holds, as a multiple of 1F1B's first stage: floor(memory p) micro-batches with
-            one chunk, floor(2 memory p) passes with two. A pass is held from its forward to its weight pass. The limit
-            is rounded down to one of `memory_levels`; more memory never makes the schedule longer.
+        memory: limit of what a stage holds, as a multiple of 1F1B's first stage: memory p micro-batches with one
+            chunk, 2 memory p passes with two. It is rounded down to one of `memory_levels`; more memory never makes
+            the schedule longer.
+        kept: the share that a pass holds between its input and its weight pass, of what it holds before; M_W / M_B in
+            arXiv 2401.10241, section 2.2.
 
     Raises:
-        ValueError: sizes or durations that can't be, or memory for less than one micro-batch.
+        ValueError: sizes, durations or a share that can't be, or memory for less than one micro-batch.
     """
-    pipe = Pipe(num_stages, num_micro_batches, num_chunks, _ticks(num_stages, num_micro_batches, num_chunks, seconds))
+    if not 0 <= kept <= 1:
+        raise ValueError(
+            f"kept is {kept:g}; it is the share of its activations that a pass still holds after its input pass, so "
+            "give 0 to 1"
+        )
+    ticks = _ticks(num_stages, num_micro_batches, num_chunks, seconds)
+    pipe = Pipe(num_stages, num_micro_batches, num_chunks, ticks, round(kept * WHOLE))
     held = memory * num_stages * num_chunks + 1e-9
     if not held >= num_chunks:
         raise ValueError(
@@ -48,7 +64,7 @@ def list_schedule(
     levels = [level for level in memory_levels(num_stages, num_micro_batches, num_chunks) if level <= held]
     search = _Search(pipe)
     for level in reversed(levels):
-        if search.shortest == pipe.lower_bound:
+        if search.shortest <= pipe.least_makespan_within(level):
             break
         search.try_level(level)
     return search.orders
@@ -102,10 +118,10 @@ class _Search:
         self.orders: Orders = []
         self._score: tuple[float, ...] = (math.inf,)
         typical = sum(pipe.cost[stage, FORWARD, chunk] for stage, chunk in pipe.places) // len(pipe.places)
-        self._allowances = (0, typical, 3 * typical, math.inf)
+        self._allowances = (0, typical, 3 * typical, math.inf, None)
         fixed = zb_h1_passes if pipe.v == 1 else zb_v_passes
         self._fixed = [list(fixed(stage, pipe.p, pipe.m)) for stage in range(pipe.p)]
-        self._patterns = _v_patterns(pipe) if pipe.v == 2 else []
+        self._patterns = [UrgentPasses(pipe, orders) for orders in _v_patterns(pipe)] if pipe.v == 2 else []
 
     @property
     def shortest(self) -> float:
@@ -114,13 +130,14 @@ class _Search:
 
     def try_level(self, level: int) -> None:
         """All candidates with at most so many passes held."""
-        if max(map(most_held, self._fixed)) <= level:
+        if self._most_held(self._fixed) <= level:
             self._take(self._fixed)
-        for urgent in [*self._patterns, *self._made_for(level)]:
+        made = (UrgentPasses(self.pipe, orders) for orders in self._made_for(level))
+        for urgent in [*self._patterns, *made]:
             for allowed in self._allowances:
-                orders = place_weights(self.pipe, urgent, level, allowed, self.shortest)
-                if orders:
-                    self._take(orders)
+                placed = place_weights(self.pipe, urgent, level, allowed, self.shortest)
+                if placed:
+                    self._take(placed)
 
     def _made_for(self, level: int) -> Iterator[Orders]:
         """Orders of forward and input passes that depend on the memory."""
@@ -131,14 +148,17 @@ class _Search:
             yield _one_by_one(pipe, _warm_up(pipe, level))
         else:
             ones = [[1, 1]] * pipe.p
-            yield greedy_order(Pipe(pipe.p, pipe.m, 2, PassSeconds(ones, ones, ones)), level)
+            yield greedy_order(replace(pipe, ticks=PassSeconds(ones, ones, ones)), level)
         yield greedy_order(pipe, level)
 
     def _take(self, orders: Orders) -> None:
         timing = time_passes(orders, self.pipe.ticks, self.pipe.part_of)
-        score = (timing.makespan, timing.longest_stage, max(map(most_held, orders)))
+        score = (timing.makespan, timing.longest_stage, self._most_held(orders))
         if score < self._score:
             self.orders, self._score = orders, score
+
+    def _most_held(self, orders: Orders) -> float:
+        return max(most_held(order, self.pipe.kept / WHOLE) for order in orders)
 
 
 def _v_patterns(pipe: Pipe) -> list[Orders]:
