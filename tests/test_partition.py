@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from harness.spec.config import Parallel
 from harness.spec.counts import stage_counts
 from harness.spec.partition import balance, layers_per_part
+from harness.spec.placement import Placement
 from tests.helpers import make_config
 
 
@@ -34,7 +35,7 @@ def test_no_split_is_better(num_layers: int) -> None:
         splits = list(every_split(num_layers, num_stages))
         for first, last in [(0, 0), (0, 3), (5, 0), (2, 2), (7, 1), (1, 29), (100, 100)]:
             for block in (1, 2, 10):
-                found = balance(num_layers, num_stages, block, first, last)
+                found = balance(num_layers, Placement(num_stages), block, first, last)
                 assert found in splits
                 best = min(heaviest(split, block, first, last) for split in splits)
                 assert heaviest(found, block, first, last) == best
@@ -46,14 +47,34 @@ def test_no_split_is_better(num_layers: int) -> None:
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
 def test_no_split_is_better_for_any_weights(sizes: tuple[int, int], block: float, first: float, last: float) -> None:
-    found = balance(*sizes, block, first, last)
+    found = balance(sizes[0], Placement(sizes[1]), block, first, last)
     best = min(heaviest(split, block, first, last) for split in every_split(*sizes))
     assert heaviest(found, block, first, last) == pytest.approx(best)
 
 
 def test_ties_go_to_the_earlier_stage() -> None:
-    assert balance(7, 3, 1) == [3, 2, 2]
-    assert balance(5, 4, 1) == [2, 1, 1, 1]
+    assert balance(7, Placement(3), 1) == [3, 2, 2]
+    assert balance(5, Placement(4), 1) == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("is_v", [False, True])
+@pytest.mark.parametrize(("p", "v"), [(2, 2), (2, 3), (3, 2)])
+def test_with_chunks_no_stage_could_be_lighter(p: int, v: int, is_v: bool) -> None:
+    placement = Placement(p, v, is_v)
+    for num_layers, (first, last) in product(range(p * v, 11), [(0, 0), (1, 3), (0, 9)]):
+
+        def worst(parts: list[int], first: int = first, last: int = last) -> int:
+            weights = [2 * parts[0] + first, *(2 * layers for layers in parts[1:-1]), 2 * parts[-1] + last]
+            return max(sum(weights[part] for part in placement.parts_of(stage)) for stage in range(p))
+
+        found = balance(num_layers, placement, 2, first, last)
+        assert worst(found) == min(map(worst, every_split(num_layers, p * v)))
+        assert min(found) >= 1
+
+
+def test_the_chunks_of_a_stage_are_alike() -> None:
+    """A V of two stages, whose first stage holds the head, too, as heavy as two blocks."""
+    assert balance(8, Placement(2, 2, is_v=True), 1, 0, 2) == [2, 3, 2, 1]
 
 
 def split(method: str, pp: int, *overrides: str) -> list[int]:

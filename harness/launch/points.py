@@ -16,11 +16,13 @@ from hydra.errors import HydraException
 from harness.errors import ConfigError
 from harness.launch.backends import backend_of
 from harness.launch.compose import Composer, open_keys
+from harness.launch.probe import measure_layers
 from harness.machine import Machine
 from harness.record.store import Attempt, Point, SweepDirectory, is_stale, write_atomically
 from harness.secrets import PLACES, TypedOut
 from harness.spec.config import REPOSITORY, Data, RunConfig
 from harness.spec.identity import identity
+from harness.spec.layer_seconds import NotMeasured
 from harness.spec.resolve import load_config
 
 if TYPE_CHECKING:
@@ -91,13 +93,22 @@ class Candidate:
     """Of the refusal, one sentence."""
 
 
-def check_configuration(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
+def check_configuration(raw: Mapping[str, Any], machine: Machine, may_measure: bool = True) -> RunConfig:
     """As `load_config`, and there is a backend to run it.
+
+    Args:
+        may_measure: measure the layers of its model where it asks for that and nobody did yet.
 
     Raises:
         ConfigError: the configuration can't be run.
     """
-    config = load_config(raw, machine)
+    try:
+        config = load_config(raw, machine)
+    except NotMeasured as missing:
+        if not may_measure:
+            raise
+        measure_layers(missing.config, machine)
+        config = load_config(raw, machine)
     backend_of(config)
     return config
 

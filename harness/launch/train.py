@@ -55,7 +55,7 @@ def prepare(argv: Sequence[str], world_size: int) -> Path:
     if raw is None:
         raise ConfigError(f"{' '.join(overrides)!r} prints and runs nothing; give it to `python launchers/train.py`")
     machine = detect_machine()
-    config = check_configuration(raw, dataclasses.replace(machine, num_devices=world_size))
+    config = check_configuration(raw, dataclasses.replace(machine, num_devices=world_size), may_measure=False)
     parallel = config.parallel
     if parallel.world_size != world_size:
         pipeline = parallel.tp * parallel.pp

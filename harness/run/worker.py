@@ -27,7 +27,7 @@ from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
 from harness.run.instruments.memory import peak_memory_bytes
 from harness.secrets import hide, variables
 
-TASKS = {task: f"harness.run.tasks.{task}" for task in ("train", "verify", "comm_bench")}
+TASKS = {task: f"harness.run.tasks.{task}" for task in ("train", "verify", "comm_bench", "probe")}
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
 
 STOPS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})

@@ -144,6 +144,17 @@ def _check_schedule(config: RunConfig) -> None:
             check_file(config)
     except ValueError as error:
         raise ConfigError(f"parallel.schedule={parallel.schedule}: {error}") from None
+    rows, num_parts = parallel.schedule_seconds, parallel.pp * parallel.num_chunks
+    if rows is not None and len(rows) not in (1, num_parts):
+        raise ConfigError(
+            f"parallel.schedule_seconds has {len(rows)} rows for {num_parts} parts of the model; give one row for all "
+            "or one for each part"
+        )
+    if rows is not None and (parallel.schedule_passes is not None or not SCHEDULES[parallel.schedule].limits_memory):
+        raise ConfigError(
+            f"parallel.schedule={parallel.schedule} counts with no parallel.schedule_seconds; leave them out, or use "
+            f"{_or([name for name, kind in SCHEDULES.items() if kind.limits_memory])}"
+        )
     if kind_of(parallel).splits and not engine_kind(parallel.engine).splits_backward:
         raise ConfigError(
             f"parallel.schedule={parallel.schedule} splits backward passes, which parallel.engine={parallel.engine} "
@@ -196,7 +207,7 @@ def _check_devices(config: RunConfig, machine: Machine) -> None:
         )
 
 
-RESERVED_NAMES = frozenset({"runs", "verify", "comm_bench", "published"})
+RESERVED_NAMES = frozenset({"runs", "verify", "comm_bench", "probe", "published"})
 """Folders under results_dir that are no sweeps."""
 
 

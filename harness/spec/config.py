@@ -130,7 +130,8 @@ class Parallel(Section):
     """Order of forwards and backwards, an entry of `harness.spec.schedules`; or a file, FILE.csv."""
     partition: Literal["uniform", "parameters", "cost"] | list[PositiveInt]
     """Layers per stage: balanced by number, parameters or FLOPs (head included), or listed. Where stages have several
-    chunks, layers per part, in the order of the model."""
+    chunks, layers per part, in the order of the model. `measured` in the configuration: balanced by the seconds that
+    layers take on this machine."""
     zero_stage: Literal[0, 1, 2, 3]
     """ZeRO optimizer sharding over data-parallel ranks."""
     sequence_parallel: bool
@@ -142,6 +143,10 @@ class Parallel(Section):
     schedule_memory: PositiveFloat | None = None
     """Activations that a stage may hold with zb_auto and zb_v, in multiples of those of 1F1B's first stage; null: as
     many as it. A schedule from a file that holds more is refused; null: it may hold any."""
+    schedule_seconds: list[Annotated[list[NonNegativeFloat], Field(min_length=3, max_length=3)]] | None = None
+    """What zb_auto and zb_v count with: seconds of a forward pass and of the input and weight halves of a backward
+    pass, for each part of the model, or one for all; only their ratios matter. null: all take equally long; `measured`
+    in the configuration: what the layers take on this machine."""
     schedule_passes: list[str] | None = None
     """What parallel.schedule=FILE.csv holds, a line per stage; filled in from the file."""
 

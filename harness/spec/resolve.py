@@ -6,7 +6,7 @@ A mistake raises `ConfigError` with one sentence: what is wrong, the values, and
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ from harness.errors import ConfigError
 from harness.machine import Machine
 from harness.spec.checks import check
 from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.layer_seconds import MEASURED, NotMeasured, layer_seconds_file, read_layer_seconds
+from harness.spec.partition import balance, layers_per_part
 from harness.spec.schedule_files import read_schedule
-from harness.spec.schedules import SCHEDULES, kind_of_passes
+from harness.spec.schedules import SCHEDULES, kind_of_passes, placement_of
 from harness.spec.transformers_config import resolve_model
+
+MEASURABLE: dict[str, Any] = {"partition": "uniform", "schedule_seconds": None}
+"""Keys of `parallel` whose numbers may be measured, and what stands for them until then."""
 
 
 def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
@@ -44,12 +49,37 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
     _resolve_dp(raw["parallel"], machine)
     _resolve_schedule(raw["parallel"])
     _resolve_threads(raw["launch"], raw["parallel"], machine)
+    measured = [key for key in MEASURABLE if raw["parallel"].get(key) == MEASURED]
+    raw["parallel"] |= {key: MEASURABLE[key] for key in measured}
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(first_problem(error)) from None
     check(config, machine)
+    if measured:
+        config = _with_measured(config, measured, machine)
+        check(config, machine)
     return config
+
+
+def _with_measured(config: RunConfig, keys: Sequence[str], machine: Machine) -> RunConfig:
+    """Numbers for what is to be measured.
+
+    Raises:
+        NotMeasured: they are not known.
+    """
+    seconds = read_layer_seconds(layer_seconds_file(config, machine))
+    if seconds is None:
+        raise NotMeasured(" and ".join(f"parallel.{key}={MEASURED}" for key in keys), config)
+    parallel = config.parallel
+    if "partition" in keys:
+        first, block, last = (sum(part) for part in (seconds.embedding, seconds.block, seconds.head))
+        partition = balance(config.model.num_hidden_layers, placement_of(parallel), block, first, last)
+        parallel = parallel.model_copy(update={"partition": partition})
+    if "schedule_seconds" in keys:
+        of_parts = seconds.of_parts(layers_per_part(config.model, parallel, config.train.sequence_length))
+        parallel = parallel.model_copy(update={"schedule_seconds": of_parts})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def _resolve_dp(parallel: dict[str, Any], machine: Machine) -> None:

@@ -60,6 +60,10 @@ def backward_weight(micro_batch: int, chunk: int = 0) -> Instruction:
     return Instruction("backward_weight", micro_batch, chunk)
 
 
+Seconds = tuple[tuple[float, float, float], ...]
+"""Of a forward pass and of the halves of a backward pass, for each part of the model, or one for all."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """Where a schedule's generator stands."""
@@ -70,6 +74,8 @@ class Stage:
     num_chunks: int = 1
     memory: float | None = None
     """Limit of the activations that a stage holds, in multiples of those of 1F1B's first stage; None: as many as it."""
+    seconds: Seconds | None = None
+    """None: all passes take equally long."""
 
     @property
     def num_following(self) -> int:
@@ -206,14 +212,19 @@ def zero_bubble(stage: Stage) -> Iterator[Instruction]:
         ValueError: too little memory for any.
     """
     memory = 1.0 if stage.memory is None else stage.memory
-    orders = _zero_bubble_orders(stage.num_stages, stage.num_micro_batches, stage.num_chunks, memory)
+    sizes = stage.num_stages, stage.num_micro_batches, stage.num_chunks
+    orders = _zero_bubble_orders(*sizes, memory, stage.seconds or ((1.0, 1.0, 1.0),))
     yield from (Instruction(*step) for step in orders[stage.index])
 
 
 @lru_cache(maxsize=64)
-def _zero_bubble_orders(p: int, m: int, v: int, memory: float) -> Orders:
-    equal = [[1.0] * v] * p
-    return list_schedule(p, m, v, PassSeconds(equal, equal, equal), memory)
+def _zero_bubble_orders(p: int, m: int, v: int, memory: float, seconds: Seconds) -> Orders:
+    placement = Placement(p, v, is_v=True)
+    of_parts = seconds * placement.num_parts if len(seconds) == 1 else seconds
+    forward, input_half, weight_half = (
+        [[of_parts[part][kind] for part in placement.parts_of(stage)] for stage in range(p)] for kind in range(3)
+    )
+    return list_schedule(p, m, v, PassSeconds(forward, input_half, weight_half), memory)
 
 
 def forward_only(stage: Stage) -> Iterator[Instruction]:
@@ -323,6 +334,7 @@ def build_schedule(
     num_micro_batches: int,
     num_chunks: int | None = None,
     memory: float | None = None,
+    seconds: Seconds | None = None,
     kind: ScheduleKind | None = None,
 ) -> Schedule:
     """The instructions of all stages.
@@ -331,6 +343,7 @@ def build_schedule(
         name: a key of `SCHEDULES`, or what is said of the given kind.
         num_chunks: parts of the model per stage; None: as many as the schedule has where nothing is asked for.
         memory: limit of the activations that a stage holds, in multiples of those of 1F1B's first stage.
+        seconds: what a search counts with.
 
     Raises:
         ValueError: an unknown name, or sizes that the schedule can't run.
@@ -339,16 +352,21 @@ def build_schedule(
     placement = build_placement(name, num_stages, num_chunks, kind)
     if num_micro_batches < 1:
         raise ValueError(f"a schedule needs at least 1 micro-batch, not {num_micro_batches}")
-    return _build(name, kind, placement, num_micro_batches, memory)
+    return _build(name, kind, placement, num_micro_batches, memory, seconds)
 
 
 @lru_cache(maxsize=64)
 def _build(
-    name: str, kind: ScheduleKind, placement: Placement, num_micro_batches: int, memory: float | None
+    name: str,
+    kind: ScheduleKind,
+    placement: Placement,
+    num_micro_batches: int,
+    memory: float | None,
+    seconds: Seconds | None,
 ) -> Schedule:
     num_stages, num_chunks = placement.num_stages, placement.num_chunks
     stages = [
-        list(kind.generate(Stage(index, num_stages, num_micro_batches, num_chunks, memory)))
+        list(kind.generate(Stage(index, num_stages, num_micro_batches, num_chunks, memory, seconds)))
         for index in range(num_stages)
     ]
     for index, passes in enumerate(stages):
@@ -558,10 +576,11 @@ def ideal_bubble_fraction_of(config: RunConfig) -> float:
     return float(overhead / (1 + overhead))
 
 
-def _sizes(config: RunConfig) -> tuple[str, int, int, int, float | None, ScheduleKind]:
-    parallel = config.parallel
+def _sizes(config: RunConfig) -> tuple[str, int, int, int, float | None, Seconds | None, ScheduleKind]:
+    parallel, given = config.parallel, config.parallel.schedule_seconds
     sizes = parallel.pp, config.num_micro_batches, parallel.num_chunks, parallel.schedule_memory
-    return parallel.schedule, *sizes, kind_of(parallel)
+    seconds = None if given is None else tuple((row[0], row[1], row[2]) for row in given)
+    return parallel.schedule, *sizes, seconds, kind_of(parallel)
 
 
 def schedule_kind(name: str) -> ScheduleKind:
@@ -596,12 +615,13 @@ def _ideal(
     num_micro_batches: int,
     num_chunks: int | None,
     memory: float | None,
+    seconds: Seconds | None = None,
     kind: ScheduleKind | None = None,
 ) -> Fraction:
     kind = kind or schedule_kind(name)
     if kind.ideal_overhead is not None:
         return kind.ideal_overhead(num_stages, num_micro_batches, num_chunks or kind.num_chunks)
-    return executed_overhead(build_schedule(name, num_stages, num_micro_batches, num_chunks, memory, kind))
+    return executed_overhead(build_schedule(name, num_stages, num_micro_batches, num_chunks, memory, seconds, kind))
 
 
 def executed_overhead(schedule: Schedule) -> Fraction:
