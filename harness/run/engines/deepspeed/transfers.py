@@ -128,11 +128,15 @@ class Transfers:
         self._num_released = Counter[Lane]()
 
     def begin(self) -> None:
-        """Expect the first message on each lane."""
+        """Expect the messages of a schedule; the first transfer of this stage posts the first receive of each lane."""
         self._expected = {lane: iter(numbers) for lane, numbers in self._messages.incoming.items()}
         self._num_released.clear()
-        for lane in self._expected:
-            self._post(lane)
+        self._posted.clear()
+
+    def _open(self) -> None:
+        if not self._posted:
+            for lane in self._expected:
+                self._post(lane)
 
     def _post(self, lane: Lane) -> None:
         number = next(self._expected[lane], None)
@@ -141,6 +145,7 @@ class Transfers:
 
     def send(self, instruction: Instruction, tensor: Tensor) -> None:
         """Send a tensor, which nobody may change until its receiver has it."""
+        self._open()
         lane = lane_of(instruction, self._channels.placement, self._channels.stage)
         tensor = tensor.contiguous()
         work = self._channels.send(tensor, lane, instruction.peer)
@@ -148,6 +153,7 @@ class Transfers:
 
     def receive(self, instruction: Instruction) -> Tensor:
         """Wait for a message, in memory of its own."""
+        self._open()
         lane = lane_of(instruction, self._channels.placement, self._channels.stage)
         wanted = lane, instruction.micro_batch
         while wanted not in self._early:
