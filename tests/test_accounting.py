@@ -94,7 +94,12 @@ def step_seconds(stages: list[list[Span]]) -> list[float]:
     return [spans[-1].end_ns / SECOND for spans in stages]
 
 
-@pytest.mark.parametrize("m", [1, 3, 8])
+# What a stage waits for transfers: of one micro-batch all that it receives; of more, what does not arrive while it
+# computes. The last stage is the slowest, and only its first activation is not there before it is wanted.
+EXPOSED = {1: [0.25, 0.5 + 1, 0.5, 0.5], 3: [3 * 0.25, 3.5, 2 * 0.5, 0.5], 8: [8 * 0.25, 4.125, 3.5, 0.5]}
+
+
+@pytest.mark.parametrize("m", EXPOSED)
 def test_simulated_steps_close(m: int) -> None:
     schedule = build_schedule("1f1b", 4, m)
     stages = simulate(schedule, UNEQUAL)
@@ -105,10 +110,7 @@ def test_simulated_steps_close(m: int) -> None:
         assert accounting.seconds["backward"] == m * [2, 4, 1, 3][stage]
         assert accounting.seconds["optimizer"] == [2, 1, 1, 2][stage]
         assert accounting.seconds["host_gap"] == 0
-        received = [0, 0.5, 0.5, 0.5][stage] + [0.25, 1, 0, 0][stage]
-        assert accounting.seconds["pp_transfer"] <= m * received
-        if m == 1:
-            assert accounting.seconds["pp_transfer"] == pytest.approx(received)
+        assert accounting.seconds["pp_transfer"] == pytest.approx(EXPOSED[m][stage])
 
 
 def test_transfers_of_interleaved_chunks_go_around() -> None:
@@ -179,7 +181,7 @@ def test_a_slow_link_is_transfer() -> None:
     free = simulate(build_schedule("1f1b", 4, 8), {"forward": 1, "backward": 2})
     slow = simulate(build_schedule("1f1b", 4, 8), seconds)
     longer = max(step_seconds(slow)) - max(step_seconds(free))
-    assert 0.25 <= longer < 8 * 0.25  # many arrive while their receiver computes
+    assert longer == 4 * 0.25  # on the longest path; the others arrive while their receiver computes
     assert explained(seconds) == NONE | {"ideal": 9, "transfer": longer}
 
 

@@ -61,7 +61,8 @@ def test_every_millisecond_of_a_run_has_a_part_and_the_bubble_has_causes(tmp_pat
         assert accounting["closes"]
         assert accounting["residual_seconds"] == pytest.approx(0, abs=1e-9)
         assert accounting["seconds"]["forward"] == pytest.approx(8 * SECONDS["forward"][stage])  # type: ignore[index]
-        assert accounting["seconds"]["pp_transfer"] < 8 * 0.002  # what nobody waits for costs nothing
+        # Only the first activation: the slower second stage computes while the others arrive.
+        assert accounting["seconds"]["pp_transfer"] == pytest.approx([0, 0.002][stage], abs=1e-9)
     bubble = result["bubble"]
     assert bubble["ideal"]["fraction"] == pytest.approx(1 / 9)
     assert bubble["simulated"]["fraction"] == pytest.approx(bubble["measured"]["fraction"])

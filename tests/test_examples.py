@@ -59,10 +59,10 @@ def test_a_schedule_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deepspeed_executes_a_schedule_that_was_added(tmp_path: Path) -> None:
     overrides = [*SMALL, "model.num_hidden_layers=2", "parallel.pp=2", "train.steps=3"]
-    names = ("1f1b", "one_by_one", "gpipe")
+    names = ("1f1b", "one_by_one", "gpipe", "zb_h1")  # which add up micro-batches in one order
     schedules = [[*overrides, f"parallel.schedule={name}"] for name in names]
     curve, *others = run_ranks(2, "ranks_examples", schedules, tmp_path)
-    assert others == [curve, curve]
+    assert others == [curve] * len(others)
 
 
 def test_an_engine_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

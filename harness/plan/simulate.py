@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.spans.span import COMPUTE_KINDS, KINDS, RECEIVE_OF_SEND, Span
+from harness.spans.span import COMPUTE_KINDS, KINDS, RECEIVE_OF_SEND, SEND_OF_RECEIVE, Span
 from harness.spec.schedules import Instruction, Schedule
 
-SEND_OF_RECEIVE = {receive: send for send, receive in RECEIVE_OF_SEND.items()}
 Seconds = float | Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
 """One duration for all, one per stage, [stage][micro-batch], or [stage][chunk][micro-batch]."""
 

@@ -23,6 +23,7 @@ BACKWARD_KINDS = ("backward", "backward_input", "backward_weight")
 """Whole, or split into the gradients of activations and of weights (arXiv 2401.10241)."""
 COMPUTE_KINDS = ("forward", *BACKWARD_KINDS)
 RECEIVE_OF_SEND = {"send_activation": "recv_activation", "send_gradient": "recv_gradient"}
+SEND_OF_RECEIVE = {receive: send for send, receive in RECEIVE_OF_SEND.items()}
 KINDS = (
     *COMPUTE_KINDS,
     "load",

@@ -1,5 +1,7 @@
 """Which part of the model is where: the layers are cut into p v parts, and every stage holds v of them, its chunks.
 
+Other tools call the parts virtual stages.
+
     loop (arXiv 2104.04473, figure 4)          V (arXiv 2405.15362)
     stage 0   part 0   part 3                  stage 0   part 0   part 5
     stage 1   part 1   part 4                  stage 1   part 1   part 4

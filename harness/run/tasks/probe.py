@@ -80,8 +80,9 @@ class Modules:
         self._steps: dict[str, list[Callable[[Tensor], Tensor]]] = {"embedding": [], "block": [], "head": []}
         place = "embedding"
         for layer in layers:
-            place = "block" if layer.name.startswith("blocks.") else "head" if place == "block" else place
-            if place == "block" and not layer.name.startswith("blocks."):
+            if layer.name.startswith("blocks."):
+                place = "block"
+            elif place == "block":
                 place = "head"
             key = layer.tied_key or layer.name
             if key not in built:

@@ -27,6 +27,7 @@ from harness.model.loss import PipelineLoss
 from harness.model.precision import dtype_of
 from harness.model.weight_gradients import WeightGradients
 from harness.model.weights import initialize, load_full
+from harness.plan.memory import num_slices
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
@@ -88,9 +89,8 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
 
 def hidden_shape(config: RunConfig) -> tuple[int, int, int]:
     """Of what passes between parts of the model: [batch, slice, hidden]."""
-    train, parallel = config.train, config.parallel
-    slices = parallel.tp if parallel.sequence_parallel else 1
-    return train.micro_batch_size, train.sequence_length // slices, config.model.hidden_size
+    train = config.train
+    return train.micro_batch_size, train.sequence_length // num_slices(config.parallel), config.model.hidden_size
 
 
 class DeepSpeedEngine:

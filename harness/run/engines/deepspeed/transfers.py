@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.model.groups import create_groups
-from harness.spans.span import RECEIVE_OF_SEND
+from harness.spans.span import RECEIVE_OF_SEND, SEND_OF_RECEIVE
 from harness.spec.placement import Placement
 from harness.spec.schedules import Instruction, Schedule
 from harness.spec.topology import Topology
@@ -34,7 +34,7 @@ class Lane(NamedTuple):
 def lane_of(instruction: Instruction, placement: Placement, stage: int) -> Lane:
     """The lane of a send or a receive of a stage."""
     part = placement.part(stage, instruction.chunk)
-    kind = {receive: send for send, receive in RECEIVE_OF_SEND.items()}.get(instruction.kind, instruction.kind)
+    kind = SEND_OF_RECEIVE.get(instruction.kind, instruction.kind)
     after_part = instruction.kind in ("send_activation", "recv_gradient")
     return Lane(kind, part if after_part else part - 1)
 
