@@ -12,12 +12,15 @@ from harness.model.assembly import build_layers
 from harness.model.block import TransformerBlock
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
+from harness.model.precision import dtype_of
+from harness.model.weight_gradients import WeightGradients, add_gradients
 from harness.plan.memory import (
     block_activation_bytes_per_token,
     gradient_bytes_per_parameter,
     memory_beside_measured,
     memory_per_stage,
     optimizer_bytes_per_parameter,
+    put_off_bytes_per_token,
 )
 from harness.spec.config import Model, RunConfig
 from harness.spec.counts import flops_conventions, stage_counts, stage_parameters_per_rank
@@ -150,6 +153,28 @@ def test_pytorch_keeps_as_much_for_backward() -> None:
     norms, rotary = 2 * 4 * llama.model.hidden_size, 2 * 4 * llama.model.head_dim * 64 / (2 * 64)
     counted = block_activation_bytes_per_token(llama.model, llama.parallel, "fp32")
     assert saved_bytes_per_token(llama.model, torch.float32) == counted + norms + rotary
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("overrides", [["model=gpt2_tiny"], ["model=llama_tiny", "model.num_key_value_heads=1"]])
+def test_half_of_a_split_backward_pass_keeps_as_much_for_the_other(overrides: list[str], precision: str) -> None:
+    config = make_config(*overrides, f"train.precision={precision}")
+    model, later, dtype = (
+        config.model,
+        WeightGradients(),
+        dtype_of(config.train.precision),
+    )
+    block = TransformerBlock(model, TensorParallel.single(later), activation_checkpointing=False).to(dtype)
+    output = block(torch.randn(2, 64, model.hidden_size, dtype=dtype, requires_grad=True))
+    output.backward(torch.randn_like(output))
+    left = later.take()
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    held = [cell.cell_contents for part in left for cell in part.compute.__closure__ or ()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+    num_bytes = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+    assert num_bytes / (2 * 64) == put_off_bytes_per_token(model, config.parallel, config.train.precision)
+    add_gradients(left)
+    assert all(parameter.grad is not None for parameter in block.parameters())
 
 
 def test_a_block_that_waits_keeps_nothing_and_holds_its_vector_whole() -> None:

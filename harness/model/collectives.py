@@ -158,15 +158,15 @@ class _GatheredLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (hidden,), gradient, weight, bias, group = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias, ctx.group
 
-        def of_weights() -> list[tuple[Tensor, Tensor]]:
-            return product_gradients(gradient, _gather(hidden, SEQUENCE, group), weight, bias)
+        def of_parameters() -> list[Tensor]:
+            return product_gradients(gradient, _gather(hidden, SEQUENCE, group), bias is not None)
 
         hidden_gradient = _scatter_sum(gradient @ weight, SEQUENCE, group)
         if ctx.later is not None:
-            ctx.later.leave(of_weights)
+            ctx.later.leave(of_parameters, *([weight] if bias is None else [weight, bias]))
             return hidden_gradient, None, None, None, None
-        (_, weight_gradient), *of_bias = of_weights()
-        return hidden_gradient, weight_gradient, of_bias[0][1] if of_bias else None, None, None
+        of_weight, *of_bias = of_parameters()
+        return hidden_gradient, of_weight, of_bias[0] if of_bias else None, None, None
 
 
 class _ScatterSum(torch.autograd.Function):

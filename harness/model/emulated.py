@@ -60,7 +60,7 @@ class EmulatedBlock(TransformerBlock):
         self._wait(self._model.backward_seconds / 2)
         self.later.leave(self._wait_for_weights)
 
-    def _wait_for_weights(self) -> list[tuple[Tensor, Tensor]]:
+    def _wait_for_weights(self) -> list[Tensor]:
         self._wait(self._model.backward_seconds / 2)
         return []
 

@@ -8,45 +8,55 @@ over ranks have small gradients, which belong to the first half.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Compute = Callable[[], list[tuple[Tensor, Tensor]]]
-"""Parameters with their gradients of one pass."""
+
+class Left(NamedTuple):
+    """A part of a backward pass that was put off."""
+
+    compute: Callable[[], Sequence[Tensor]]
+    """The gradients of the parameters."""
+    parameters: tuple[Tensor, ...]
+    """None where a layer only takes time, as emulated ones do."""
 
 
 class WeightGradients:
     """What the backward passes of one rank have left to do."""
 
     def __init__(self) -> None:
-        self._left: list[Compute] = []
+        self._left: list[Left] = []
 
-    def leave(self, compute: Compute) -> None:
+    def leave(self, compute: Callable[[], Sequence[Tensor]], *parameters: Tensor) -> None:
         """Put off a part of the pass that runs now; what it needs stays in memory until then."""
-        self._left.append(compute)
+        self._left.append(Left(compute, parameters))
 
-    def take(self) -> list[Compute]:
+    def take(self) -> list[Left]:
         """What passes have left since this was asked last, in their order."""
         left, self._left = self._left, []
         return left
 
 
-def add_gradients(left: list[Compute]) -> None:
+def add_gradients(left: list[Left]) -> None:
     """Compute what was put off, and add it to the gradients of parameters as a backward pass does.
 
-    Hooks that wait for gradients (of ZeRO, or that add up bf16 in fp32) see an ordinary backward pass.
+    It is one: hooks that wait for gradients (of ZeRO, or that add up bf16 in fp32) see nothing new, and the first
+    gradient of a parameter becomes its `grad` without a copy.
 
     Args:
         left: from `WeightGradients.take`; is emptied, so that each part frees what it needed.
     """
     left.reverse()
     while left:
-        for parameter, gradient in left.pop()():
-            torch.autograd.backward(parameter, gradient)
+        compute, parameters = left.pop()
+        if parameters:
+            torch.autograd.backward(_PutOff.apply(compute, *parameters))  # type: ignore[no-untyped-call]
+        else:
+            compute()
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None) -> Tensor:
@@ -67,9 +77,7 @@ def embedding(rows: Tensor, weight: Tensor, later: WeightGradients | None) -> Te
     return _Embedding.apply(rows, weight, later)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def product_gradients(
-    gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
+def product_gradients(gradient: Tensor, hidden: Tensor, has_bias: bool) -> list[Tensor]:
     """Gradients of a product's weight [out, in] and bias [out], if it has one, as F.linear computes them.
 
     Args:
@@ -77,8 +85,19 @@ def product_gradients(
         hidden: the input, [..., in].
     """
     rows = gradient.flatten(0, -2)
-    found = [(weight, rows.t() @ hidden.flatten(0, -2))]
-    return found if bias is None else [*found, (bias, rows.sum(dim=0))]
+    of_weight = rows.t() @ hidden.flatten(0, -2)
+    return [of_weight, rows.sum(dim=0)] if has_bias else [of_weight]
+
+
+class _PutOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], Sequence[Tensor]], *parameters: Tensor) -> Tensor:
+        ctx.compute = compute
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.compute()
 
 
 class _Linear(torch.autograd.Function):
@@ -91,7 +110,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
-        ctx.later.leave(lambda: product_gradients(gradient, hidden, weight, bias))
+        parameters = [weight] if bias is None else [weight, bias]
+        ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), *parameters)
         return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
@@ -105,9 +125,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
         rows, weight, gradient = ctx.rows, ctx.weight, gradients[0]
 
-        def compute() -> list[tuple[Tensor, Tensor]]:
-            found = torch.ops.aten.embedding_dense_backward(gradient, rows, len(weight), -1, False)
-            return [(weight, found)]
+        def compute() -> list[Tensor]:
+            return [torch.ops.aten.embedding_dense_backward(gradient, rows, len(weight), -1, False)]
 
-        ctx.later.leave(compute)
+        ctx.later.leave(compute, weight)
         return None, None, None
