@@ -39,6 +39,19 @@ def lane_of(instruction: Instruction, placement: Placement, stage: int) -> Lane:
     return Lane(kind, part if after_part else part - 1)
 
 
+def tags(placement: Placement) -> dict[Lane, int]:
+    """Small numbers that differ between all lanes that connect the same two stages: 2 v with p > 2 in a loop."""
+    found: dict[Lane, int] = {}
+    taken = Counter[frozenset[int]]()
+    for boundary in range(placement.num_parts - 1):
+        stages = frozenset({placement.stage_of(boundary), placement.stage_of(boundary + 1)})
+        if len(stages) > 1:
+            for kind in RECEIVE_OF_SEND:
+                found[Lane(kind, boundary)] = taken[stages]
+                taken[stages] += 1
+    return found
+
+
 class Messages:
     """What one stage sends and receives in a schedule, and what it knows of the others.
 
@@ -70,8 +83,8 @@ class Messages:
 class Channels:
     """The ways between the stages of this rank's pipeline.
 
-    Over gloo a lane has a tag of the pipeline's group. NCCL has no tags, and sends and receives of one communicator
-    wait for each other: there each lane has a group of its own.
+    Over gloo the lanes between two stages differ in their tag. NCCL has no tags, and what two ranks send each other in
+    one group waits for what they sent before: there each tag is a group, which has a communicator for each two ranks.
 
     Args:
         shape: of what passes between parts, [batch, slice, hidden].
@@ -89,13 +102,10 @@ class Channels:
         self.placement, self.stage = placement, topology.coordinate(rank).pp
         self._pipeline = next(ranks for ranks in topology.pipelines() if rank in ranks)
         self._shape, self._dtype, self._device = tuple(shape), dtype, device
-        boundaries = range(placement.num_parts - 1)
-        self._tags = {Lane(kind, b): number for number, (kind, b) in enumerate(
-            (kind, b) for kind in RECEIVE_OF_SEND for b in boundaries
-        )}  # fmt: skip
+        self._tags = tags(placement)
         self.groups: list[dist.ProcessGroup] = []
-        if placement.num_stages > 1:
-            number = len(self._tags) if device.type == "cuda" else 1
+        if self._tags:
+            number = max(self._tags.values()) + 1 if device.type == "cuda" else 1
             self.groups = [create_groups(topology.pipelines(), rank) for _ in range(number)]
 
     def send(self, tensor: Tensor, lane: Lane, stage: int) -> dist.Work:
