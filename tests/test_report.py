@@ -256,6 +256,14 @@ class TestTerminal:
             assert part in text, part
         assert max(map(len, text.splitlines())) <= 100
 
+    def test_what_is_held_is_shown_where_schedules_differ_in_it(self) -> None:
+        def table(held: float) -> str:
+            rows = [make_row(1 + pp, pp=pp, micro_batches_in_flight=float(pp)) for pp in (2, 4)]
+            return terminal(rank([*rows, make_row(1.2, pp=2, micro_batches_in_flight=held)]))
+
+        assert "flight" not in table(2.0)  # it follows from pp
+        assert "flight" in table(2.5)
+
     @pytest.mark.parametrize("width", [60, 80, 100, 200])
     def test_commands_are_never_broken(self, sweep: SweepDirectory, width: int) -> None:
         command = "deepspeed --num_gpus 2 launchers/train.py " + "parallel.tp=2 " * 20 + "[bold]"

@@ -11,7 +11,7 @@ from test_simulate import PUBLISHED, last_backward
 from torch.distributed.pipelining.schedules import ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 
 from harness.plan.simulate import simulate
-from harness.spec.passes import Orders, Pass, PassSeconds, Timing, most_held, time_passes
+from harness.spec.passes import Orders, Pass, PassSeconds, Timing, most_passes_held, time_passes
 from harness.spec.placement import Placement
 from harness.spec.schedules import Instruction, Schedule, with_transfers
 from harness.spec.zero_bubble import list_schedule, zb_h1_passes, zb_v_passes
@@ -53,8 +53,8 @@ def test_published_bubble_rates(number: int) -> None:
     assert rate(timed(once, seconds).makespan, m, f + b + w) <= of_zb_h1
     assert rate(timed(twice, seconds).longest_stage, m, f + b + w) <= ZB_2P_RATES[number]
     assert timed(twice, seconds).makespan == pytest.approx(m * (f + b + w) + (p - 1) * (f + transfer), rel=1e-9)
-    assert max(most_held(order, kept) for order in once) <= p
-    assert max(most_held(order, kept) for order in twice) <= 2 * p
+    assert max(most_passes_held(order, kept) for order in once) <= p
+    assert max(most_passes_held(order, kept) for order in twice) <= 2 * p
 
 
 def test_the_longest_stage_where_nothing_is_freed_by_an_input_pass() -> None:
@@ -68,8 +68,8 @@ def test_the_longest_stage_where_nothing_is_freed_by_an_input_pass() -> None:
 
 def test_what_is_held_by_hand() -> None:
     order = [Pass(kind, 0, 0) for kind in ("forward", "forward", "backward_input", "forward", "backward_weight")]
-    assert [most_held(order, kept) for kept in (0, 0.3, 1)] == [2, 2.3, 3]
-    assert most_held([*order, order[0]], 0.3) == 3
+    assert [most_passes_held(order, kept) for kept in (0, 0.3, 1)] == [2, 2.3, 3]
+    assert most_passes_held([*order, order[0]], 0.3) == 3
 
 
 @pytest.mark.parametrize(("p", "m"), list(product([1, 2, 3, 5, 8], [1, 7, 16])))
@@ -121,7 +121,7 @@ def test_never_longer_than_zb_v_or_zb_h1(p: int, groups: int) -> None:
             seconds = PassSeconds(*tables, transfer * times[0])
             orders = list_schedule(p, m, v, seconds, memory=1)
             assert timed(orders, seconds).makespan <= timed(fixed, seconds).makespan * (1 + 1e-9)
-            assert max(map(most_held, orders)) <= p * v
+            assert max(map(most_passes_held, orders)) <= p * v
 
 
 @pytest.mark.parametrize("p", [4, 6, 9])
@@ -130,7 +130,7 @@ def test_little_memory_in_a_v(p: int) -> None:
     seconds, m = same(p, 2, (1, 1, 1)), 4 * p
     for micro_batches, idle in (((p + 4) // 3, 4 * p), ((p + 2) // 2, 3 * p)):
         orders = list_schedule(p, m, 2, seconds, micro_batches / p)
-        assert max(map(most_held, orders)) <= 2 * micro_batches
+        assert max(map(most_passes_held, orders)) <= 2 * micro_batches
         assert timed(orders, seconds).makespan - 6 * m <= idle
 
 
@@ -147,7 +147,7 @@ def test_any_times_and_memory_give_an_order_and_more_memory_none_that_is_longer(
         spans.append(timed(orders, seconds).makespan)
         for order in orders:
             assert len(order) == len(set(order)) == 3 * m * v
-            assert most_held(order, kept) <= held
+            assert most_passes_held(order, kept) <= held
     assert all(more <= less + 1e-9 for less, more in pairwise(spans))
 
 

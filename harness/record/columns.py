@@ -100,7 +100,8 @@ class Shown:
     dispensable: int = 0
     """Where the terminal is too narrow, the highest go first; 0 stays."""
     only_varying: bool = False
-    """Left out unless points of one world size differ in it."""
+    """Left out unless points differ in it that agree in the columns `among`."""
+    among: tuple[str, ...] = ("world_size",)
 
 
 NOT_SHOWN = Shown(("", ""))
@@ -515,7 +516,9 @@ COLUMNS = (
         "forward passes done whose backward pass is not, at most, on the stage with most; a pass of one of v chunks "
         "counts 1/v. So many times a stage holds the activations of a micro-batch",
         layout=lambda config: max(schedule_of(config).most_in_flight),
-        shown=Shown(("in", "flight"), place=STAGES, only_varying=True),
+        shown=Shown(
+            ("in", "flight"), "{:.3g}".format, place=STAGES, only_varying=True, among=("pp", "num_micro_batches")
+        ),
     ),
     Column(
         "schedule_memory",

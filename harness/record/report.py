@@ -133,11 +133,11 @@ def table_columns(rows: Sequence[Row]) -> list[Column]:
     shown = [RANK, *(column for column in ordered if column.shown is not NOT_SHOWN)]
     if ranking_column(rows) == "tokens_per_second":
         shown = [column for column in shown if column.name != "tokens_per_second_per_device"]
-    # Threads follow from the number of ranks: what differs with the world size alone is no news.
-    sizes = {row["world_size"] for row in rows}
 
     def is_news(column: Column) -> bool:
-        varies = len({(row["world_size"], row[column.name]) for row in rows}) > len(sizes)
+        # Threads follow from the number of ranks: what differs with the world size alone is no news.
+        alike = [tuple(row[name] for name in column.shown.among) for row in rows]
+        varies = len(set(zip(alike, (row[column.name] for row in rows), strict=True))) > len(set(alike))
         return varies or not column.shown.only_varying
 
     return [column for column in shown if any(cell(row, column) for row in rows) and is_news(column)]

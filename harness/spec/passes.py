@@ -80,7 +80,7 @@ def time_passes(orders: Orders, seconds: PassSeconds, part_of: PartOf, free: Seq
     )
 
 
-def most_held(order: Sequence[Pass], kept: float = 1.0) -> float:
+def most_passes_held(order: Sequence[Pass], kept: float = 1.0) -> float:
     """The most that a stage holds at once, in passes: each from its forward to its backward pass.
 
     Of a split backward pass the input half leaves `kept` of it, for the weight half (arXiv 2401.10241, section 2.2).

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from harness.spec.list_scheduling import FORWARD, INPUT, KINDS, WEIGHT, WHOLE, Orders, Pipe, greedy_order
-from harness.spec.passes import Pass, PassSeconds, most_held, time_passes
+from harness.spec.passes import Pass, PassSeconds, most_passes_held, time_passes
 from harness.spec.weight_passes import UrgentPasses, place_weights
 
 TICKS = 10**9
@@ -158,7 +158,7 @@ class _Search:
             self.orders, self._score = orders, score
 
     def _most_held(self, orders: Orders) -> float:
-        return max(most_held(order, self.pipe.kept / WHOLE) for order in orders)
+        return max(most_passes_held(order, self.pipe.kept / WHOLE) for order in orders)
 
 
 def _v_patterns(pipe: Pipe) -> list[Orders]:
