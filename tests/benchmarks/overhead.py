@@ -2,11 +2,10 @@
 
     python tests/benchmarks/overhead.py [--pairs N] [OVERRIDE ...]
 
-Both engines live in the same processes and take turns step by step, on the same layers, data and threads.
-The bare one is `train_batch` with nothing of ours around it; the other is the harness as users run it:
-tracer at its default level, heartbeat, metrics, global gradient norm, live line. Compared is the wall time of
-a step, the slowest rank's, as the median of paired ratios: on shared hardware, runs compared with runs differ
-by more than what is measured here. On GPUs a step ends when its device is through.
+Both engines take turns step by step, on the same layers, data and threads. The bare one is `train_batch` with nothing
+of ours around it; the other is the harness as users run it: tracer at its default level, heartbeat, metrics, global
+gradient norm, live line. Compared is the wall time of a step, the slowest rank's, as the median of paired ratios. On
+GPUs a step ends when its device is through.
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ LAYOUTS = ("parallel.pp=1", "parallel.pp=2")
 def main() -> None:
     """Start the ranks of each layout and print the table."""
     from benchmarks.circumstances import print_circumstances
+    from benchmarks.turns import median_interval
     from distributed import run_ranks
 
     from harness.machine import detect_machine
@@ -56,72 +53,37 @@ def main() -> None:
         print(f"{layout:<16}{bare:>14,.0f}{harness:>10,.0f}{ratio:>19.4f}{f'{low:.4f}-{high:.4f}':>18}", flush=True)
 
 
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Distribution-free 95 % interval of the median: order statistics n/2 -+ 0.98 sqrt(n)."""
-    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
-    low = max(0, int(len(values) / 2 - half))
-    high = min(len(values) - 1, int(len(values) / 2 + half))
-    return ordered[low], ordered[high]
-
-
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: alternate the two engines."""
-    import torch
-    import torch.distributed as dist
-    from deepspeed.accelerator import get_accelerator
-    from helpers import make_config
+    from benchmarks.turns import join, take_turns
 
-    from harness.machine import detect_machine
     from harness.record.heartbeat import Heart
     from harness.record.store import Attempt
-    from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.data import micro_batches
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.heartbeat import HeartbeatObserver
     from harness.run.instruments.tracer import Tracer, build_clock
     from harness.run.loop import Loop
-    from harness.run.tasks.train import set_up_device, share_corpus
 
-    initialize_distributed()
-    rank = int(os.environ["RANK"])
-    machine = detect_machine()
-    config = make_config(*case["overrides"], machine=machine)
-    device = set_up_device(config, machine)
-    samples = CorpusSamples(config, share_corpus(config, rank))
+    rank, config, device, samples = join(case["overrides"])
     bare, engine = build_bare(config, rank), build_engine(config, rank)
     attempt = Attempt(folder)
-    tracer = Tracer(build_clock(machine.device_kind), nested=config.tracking.trace_level == "collectives")
+    tracer = Tracer(build_clock(device.type), nested=config.tracking.trace_level == "collectives")
     tracer.attach(engine)
     heart = Heart(attempt.path, rank)
-    engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind))
+    engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, device.type))
     loop = Loop(attempt, config, rank, engine, tracer, device)
     bare_data, data = (micro_batches(config, samples, dp_rank=0) for _ in range(2))
-
-    def bare_step(step: int) -> None:
-        float(bare.train_batch(data_iter=bare_data))
-
-    def harness_step(step: int) -> None:
-        loop.step(step, data)
-
-    def seconds(run: Callable[[int], None], step: int) -> float:
-        dist.barrier()
-        start = time.perf_counter()
-        run(step)
-        get_accelerator().synchronize()
-        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return float(slowest)
-
-    times: dict[str, list[float]] = {"bare": [], "harness": []}
-    for step in range(1, case["pairs"] + 4):
-        pair: list[tuple[str, Callable[[int], None]]] = [("bare", bare_step), ("harness", harness_step)]
-        for name, run in pair if step % 2 else reversed(pair):
-            elapsed = seconds(run, step)
-            if step > 3:  # buffers and the shape handshake
-                times[name].append(elapsed)
-    ratios = [b / h for b, h in zip(times["bare"], times["harness"], strict=True)]
+    steps = {
+        "bare": lambda _: float(bare.train_batch(data_iter=bare_data)),
+        "harness": lambda step: loop.step(step, data),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name, elapsed in take_turns(steps, case["pairs"], device):
+        seconds[name].append(elapsed)
+    ratios = [b / h for b, h in zip(seconds["bare"], seconds["harness"], strict=True)]
     tokens = config.train.global_batch_size * config.train.sequence_length
-    return {**times, "ratios": ratios, "tokens": tokens}
+    return {**seconds, "ratios": ratios, "tokens": tokens}
 
 
 def build_bare(config: Any, rank: int) -> Any:

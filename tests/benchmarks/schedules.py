@@ -2,23 +2,22 @@
 
     python tests/benchmarks/schedules.py [--pairs N] [--schedules a,b] [--emulated] [OVERRIDE ...]
 
-All engines live in the same processes and take a step in turn, on the same layers, data and threads: DeepSpeed's own
-pipeline engine with its own 1F1B, which waits at every transfer, and ours with each schedule. Compared is the wall time
-of a step, the slowest rank's, as the median of paired ratios; bubbles are the median over the steps. By default two
-stages compute on two cores. With `--emulated` four stages of two blocks wait for 15 and 30 ms per block, whose backward
-pass splits into halves: then the gain of equal passes with free transfers (`ideal`) is known beforehand.
+All engines take a step in turn, on the same layers, data and threads: DeepSpeed's own pipeline engine with its own
+1F1B, which waits at every transfer, and ours with each schedule. Compared is the wall time of a step, the slowest
+rank's, as the median of paired ratios. Busy is what a stage computes in a step (forward and backward, the mean of the
+stages), which splitting a backward pass shall not lengthen; it and the bubble are medians over the steps. By default
+two stages compute on two cores. With `--emulated` four stages of two blocks wait for 15 and 30 ms per block, whose
+backward pass splits into halves: then the gain of equal passes with free transfers (`ideal`) is known beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
@@ -33,14 +32,12 @@ EMULATED = (
     "parallel.pp=4", "data=synthetic", "train.sequence_length=16", "train.micro_batch_size=1",
     "train.global_batch_size=8", "launch.max_ranks_per_core=8",
 )  # fmt: skip
-FIRST_STEPS = 3
-"""Not counted: buffers and the shape handshake."""
 
 
 def main() -> None:
     """Start the ranks and print the table."""
     from benchmarks.circumstances import print_circumstances
-    from benchmarks.overhead import median_interval
+    from benchmarks.turns import median_interval
     from distributed import run_ranks
     from helpers import make_config
 
@@ -59,81 +56,65 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         case = {"overrides": overrides, "schedules": names, "pairs": arguments.pairs}
         answer = run_ranks(configs["1f1b"].parallel.pp, "benchmarks.schedules", case, Path(folder), timeout=3600)
-    print("| schedule | step ms | 1F1B of DeepSpeed / it | 95 % interval | ideal | bubble, ideal | measured |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| schedule | step ms | stage busy ms | 1F1B of DeepSpeed / it | 95 % interval | ideal "
+        "| bubble, ideal | measured |\n|---|---:|---:|---:|---:|---:|---:|---:|"
+    )
     stock = answer["stock"]["seconds"]
-    print(f"| DeepSpeed's own 1f1b | {statistics.median(stock) * 1e3:.1f} | 1 | | 1 | | |")
+    print(f"| DeepSpeed's own 1f1b | {median(stock) * 1e3:.1f} | | 1 | | 1 | | |")
     of_1f1b = ideal_bubble_overhead_of(configs["1f1b"])
     for name in names:
-        seconds, fractions = answer[name]["seconds"], answer[name]["bubbles"]
-        ratios = [theirs / ours for theirs, ours in zip(stock, seconds, strict=True)]
+        found = answer[name]
+        ratios = [theirs / ours for theirs, ours in zip(stock, found["seconds"], strict=True)]
         low, high = median_interval(ratios)
         overhead = ideal_bubble_overhead_of(configs[name])
         print(
-            f"| {name} | {statistics.median(seconds) * 1e3:.1f} | {statistics.median(ratios):.3f} "
-            f"| {low:.3f}-{high:.3f} | "
-            f"{(1 + of_1f1b) / (1 + overhead):.3f} | {overhead / (1 + overhead):.3f} "
-            f"| {statistics.median(fractions):.3f} |"
+            f"| {name} | {median(found['seconds']) * 1e3:.1f} | {median(found['busy']) * 1e3:.1f} "
+            f"| {median(ratios):.3f} | {low:.3f}-{high:.3f} | {(1 + of_1f1b) / (1 + overhead):.3f} "
+            f"| {overhead / (1 + overhead):.3f} | {median(found['bubble']):.3f} |"
         )
 
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: a step of each engine in turn, in changing order."""
-    import torch
     import torch.distributed as dist
     from benchmarks.overhead import build_bare
+    from benchmarks.turns import join, take_turns
     from helpers import make_config
 
-    from harness.machine import detect_machine
-    from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.data import micro_batches
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.tracer import Tracer, build_clock
-    from harness.run.tasks.train import set_up_device, share_corpus
     from harness.spans.span import activity, bubble_of_step
 
-    initialize_distributed()
-    rank = int(os.environ["RANK"])
-    machine = detect_machine()
-    plain = make_config(*case["overrides"], machine=machine)
-    device = set_up_device(plain, machine)
-    samples = CorpusSamples(plain, share_corpus(plain, rank))
+    rank, plain, device, samples = join(case["overrides"])
+    bare, bare_data = build_bare(plain, rank), micro_batches(plain, samples, dp_rank=0)
+    steps: dict[str, Callable[[int], Any]] = {"stock": lambda _: float(bare.train_batch(data_iter=bare_data))}
+    engines: dict[str, tuple[Any, Tracer]] = {}
 
-    def stock() -> tuple[Callable[[], Any], Callable[[], float]]:
-        engine, data = build_bare(plain, rank), micro_batches(plain, samples, dp_rank=0)
-        return lambda: float(engine.train_batch(data_iter=data)), lambda: float("nan")
-
-    def ours(name: str) -> tuple[Callable[[], Any], Callable[[], float]]:
-        config = make_config(*case["overrides"], f"parallel.schedule={name}", machine=machine)
+    def step_of(name: str) -> Callable[[int], Any]:
+        config = make_config(*case["overrides"], f"parallel.schedule={name}")
         engine, data = build_engine(config, rank), micro_batches(config, samples, dp_rank=0)
-        tracer = Tracer(build_clock(machine.device_kind))
+        tracer = Tracer(build_clock(device.type))
         tracer.attach(engine)
+        engines[name] = engine, tracer
 
-        def step() -> None:
+        def step(_: int) -> None:
             tracer.start_step()
             engine.train_step(data)
 
-        def bubble() -> float:
+        return step
+
+    steps |= {name: step_of(name) for name in case["schedules"]}
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "busy": [], "bubble": []} for name in steps}
+    for name, seconds in take_turns(steps, case["pairs"], device):
+        found[name]["seconds"].append(seconds)
+        if name in engines:
+            engine, tracer = engines[name]
             of_ranks: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(of_ranks, activity(tracer.spans(1)))
-            return bubble_of_step(engine.topology.arranged(of_ranks)).fraction
-
-        return step, bubble
-
-    engines = {"stock": stock(), **{name: ours(name) for name in case["schedules"]}}
-    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "bubbles": []} for name in engines}
-    for number in range(FIRST_STEPS + case["pairs"]):
-        for name in engines if number % 2 else reversed(engines):
-            step, bubble = engines[name]
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            fraction = bubble()
-            if number >= FIRST_STEPS:
-                found[name]["seconds"].append(float(slowest))
-                found[name]["bubbles"].append(fraction)
+            found[name]["busy"].append(sum(one.busy_seconds for one in of_ranks) / len(of_ranks))
+            found[name]["bubble"].append(bubble_of_step(engine.topology.arranged(of_ranks)).fraction)
     return found
 
 

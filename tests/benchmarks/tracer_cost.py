@@ -10,7 +10,6 @@ span files of 50 steps on 8 ranks.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ RANKS, STEPS = 8, 50
 def main() -> None:
     """Start the ranks of each layout and level, and print the table."""
     from benchmarks.circumstances import print_circumstances
-    from benchmarks.overhead import median_interval
+    from benchmarks.turns import median_interval
     from distributed import run_ranks
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,54 +74,43 @@ def span_seconds(calls: int = 100_000) -> float:
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One rank: one engine, whose instructions are traced in every other step."""
-    import torch
     import torch.distributed as dist
-    from helpers import make_config
+    from benchmarks.turns import join, take_turns
 
-    from harness.machine import detect_machine
-    from harness.run.data import CorpusSamples, micro_batches
-    from harness.run.engines.deepspeed.join import initialize_distributed
+    from harness.run.data import micro_batches
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.tracer import HostClock, Tracer
-    from harness.run.tasks.train import share_corpus
     from harness.spans.files import span_lines
     from harness.spans.span import Span
 
-    initialize_distributed()
-    rank = int(os.environ["RANK"])
-    config = make_config(*case["overrides"], machine=detect_machine())
-    torch.set_num_threads(config.launch.threads_per_rank)
+    rank, config, device, samples = join(case["overrides"])
     engine = build_engine(config, rank)
-    data = micro_batches(config, CorpusSamples(config, share_corpus(config, rank)), dp_rank=0)
+    data = micro_batches(config, samples, dp_rank=0)
     bare = list(engine.observers), list(engine.tp.parts.observers)
     tracer = Tracer(HostClock(), nested=case["level"] == "collectives")
     tracer.attach(engine)
     traced = list(engine.observers), list(engine.tp.parts.observers)
     spans: list[Span] = []
 
-    def seconds(is_traced: bool) -> float:
-        engine.observers[:], engine.tp.parts.observers[:] = traced if is_traced else bare
-        dist.barrier()
-        if is_traced:
-            tracer.start_step()
-        start = time.perf_counter()
+    def traced_step(step: int) -> None:
+        engine.observers[:], engine.tp.parts.observers[:] = traced
+        tracer.start_step()
         engine.train_step(data)
-        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-        if is_traced:
-            spans[:] = tracer.spans(step=10)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        return float(slowest)
+        spans[:] = tracer.spans(step)
 
-    pairs: list[dict[bool, float]] = []
-    for number in range(case["pairs"] + 2):
-        order = (True, False) if number % 2 else (False, True)
-        pairs.append({is_traced: seconds(is_traced) for is_traced in order})
+    def bare_step(_: int) -> None:
+        engine.observers[:], engine.tp.parts.observers[:] = bare
+        engine.train_step(data)
+
+    steps = {"traced": traced_step, "bare": bare_step}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name, elapsed in take_turns(steps, case["pairs"], device):
+        seconds[name].append(elapsed)
     largest: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(largest, (len(spans), sum(map(len, span_lines(spans)))))
-    timed = pairs[2:]  # buffers and the shape handshake
     return {
-        "differences": [pair[True] / pair[False] - 1 for pair in timed],
-        "step_seconds": statistics.median(pair[False] for pair in timed),
+        "differences": [with_it / bare - 1 for with_it, bare in zip(seconds["traced"], seconds["bare"], strict=True)],
+        "step_seconds": statistics.median(seconds["bare"]),
         "num_spans": max(count for count, _ in largest),
         "bytes_per_step": max(size for _, size in largest),
         "span_seconds": span_seconds() if rank == 0 else None,
