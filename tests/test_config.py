@@ -54,7 +54,7 @@ REFUSED = [
     ("parallel.dp=full", "parallel.dp='full' is not valid"),
     ("parallel.dp=fill parallel.tp=0", "parallel.tp=0 is not valid"),
     ("parallel.schedule=zb", "parallel.schedule=zb is not available; use gpipe, 1f1b, interleaved"),
-    ("parallel.num_chunks=2", "parallel.schedule=1f1b: 1f1b has 1 chunks per stage, not 2"),
+    ("parallel.num_chunks=2", "parallel.schedule=1f1b: 1f1b has 1 chunk per stage, not 2"),
     ("parallel.partition=best", "input should be 'uniform', 'parameters' or 'cost'"),
     ("parallel.partition=[0,4] parallel.pp=2", "parallel.partition.0=0 is not valid"),
     ("parallel.zero_stage=4", "parallel.zero_stage=4 is not valid: input should be 0, 1, 2 or 3"),

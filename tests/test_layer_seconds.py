@@ -109,7 +109,24 @@ def test_they_are_measured_once_before_the_first_run(monkeypatch: pytest.MonkeyP
     assert len(measured) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"embedding": 3, "block": [1], "head": []}', "[1, 2]"])
+def test_nothing_is_measured_for_what_is_refused_or_has_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "measure_layers", lambda config, machine: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match=r"1f1b counts with no parallel\.schedule_seconds"):
+        check_configuration(compose_raw("parallel.schedule_seconds=measured"), MACHINE)
+    alone = check_configuration(compose_raw("parallel.partition=measured"), MACHINE)
+    assert alone.parallel.partition == "uniform"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{}", '{"embedding": 3, "block": [1], "head": []}', "[1, 2]"),
+        *(
+            f'{{"embedding": [1, 1, {wrong}], "block": [1, 1, 1], "head": [1, 1, 1]}}'
+            for wrong in ("NaN", "-1", "1e999")
+        ),
+    ],
+)
 def test_a_damaged_file_counts_as_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "seconds.json").write_text(content)
     assert read_layer_seconds(tmp_path / "seconds.json") is None
@@ -120,5 +137,7 @@ def test_seconds_that_fit_no_schedule_are_refused() -> None:
         make_config(*ASKED[:2], *ASKED[4:], "parallel.schedule_seconds=[[1,1,1],[1,1,1],[1,1,1]]")
     with pytest.raises(ConfigError, match=r"1f1b counts with no parallel\.schedule_seconds; .* zb_auto or zb_v"):
         make_config("parallel.schedule_seconds=[[1,1,1]]")
+    with pytest.raises(ConfigError, match=r"schedule_seconds=\[\[0\.0, 0\.0, 0\.0\]\] are all 0; give passes"):
+        make_config(*ASKED[:2], *ASKED[4:], "parallel.schedule_seconds=[[0,0,0]]")
     with pytest.raises(ConfigError, match=r"schedule_seconds\.0=\[1, 1\] is not valid"):
         make_config(*ASKED[:2], *ASKED[4:], "parallel.schedule_seconds=[[1,1]]")

@@ -94,6 +94,9 @@ REFUSED = {
     "0F0,0F1,0B0,0B1\n2F0,2F1,2B0,2B1": r"its stages have the parts \[0\], \[2\]; with 1 parts each, place",
     "0F0,0F1,oops\n1F0": "has 'oops' in row 1, which is no pass; write part, F, B, I or W, and micro-batch",
     "\n": "is empty; give a row of passes per stage",
+    "0SEND_F0\n1RECV_F0": "it has no pass; give a row of passes per stage",
+    "0F0,((0F1;0B0)OVERLAP_F_B;0B1)OVERLAP_F_B\n1F0": "in row 1, which is no pass",
+    "0F0,0B99999999999\n1F0": "has '0B99999999999' in row 1, which is no pass",
 }
 
 
@@ -102,6 +105,21 @@ def test_what_cannot_run_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.csv").write_text(text)
     with pytest.raises(ConfigError, match=REFUSED[text]):
         config_of(tmp_path / "wrong.csv", "train.global_batch_size=2")
+
+
+def test_a_file_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    (tmp_path / "ORDER.CSV").write_bytes(b"\xef\xbb\xbf0F0, 0B0,\r\n1F0,,1B0\r\n")
+    config = config_of(tmp_path / "ORDER.CSV", "train.global_batch_size=1")
+    assert config.parallel.schedule_passes == ["0F0 0B0", "1F0 1B0"]
+
+
+def test_passes_are_those_of_a_file() -> None:
+    given = "parallel.schedule_passes=[0F0 0F1 0B0 0B1,1F0 1F1 1B0 1B1]"
+    with pytest.raises(ConfigError, match=r"is what a file holds, but parallel\.schedule=1f1b is none; leave it out"):
+        make_config(*SIZES, "parallel.schedule=1f1b", given)
+    for nothing in ("[]", "['','']"):
+        with pytest.raises(ConfigError, match=r"parallel\.schedule=FILE\.csv: it has no pass"):
+            make_config(*SIZES, "parallel.schedule=FILE.csv", f"parallel.schedule_passes={nothing}")
 
 
 def test_a_file_that_holds_too_much_or_is_not_there(tmp_path: Path) -> None:

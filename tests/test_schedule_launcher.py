@@ -28,8 +28,15 @@ def test_what_it_writes_is_the_same_schedule(name: str, tmp_path: Path, capsys: 
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_more_than_two_chunks_are_told_apart() -> None:
+    (first, _) = drawing(build_schedule("interleaved", 2, 2, 3))
+    assert first.startswith("stage 0   0F0 0F1 1F0 1F1 2F0 2F1 ")
+
+
 def test_what_it_cannot_draw_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["parallel.schedule=dualpipev", *SIZES[:2], "train.global_batch_size=2"]) == 2
     assert "DualPipeV needs 2 micro-batches per stage, and 2 are fewer than 4" in capsys.readouterr().err
     assert main([*SIZES, "--csv", str(tmp_path / "none" / "order.csv")]) == 2
     assert "No such file" in capsys.readouterr().err
+    assert main([*SIZES, "--png", "order.foo"]) == 2
+    assert "--png order.foo is no name of a PNG file" in capsys.readouterr().err

@@ -124,6 +124,23 @@ def test_never_longer_than_zb_v_or_zb_h1(p: int, groups: int) -> None:
             assert max(map(most_passes_held, orders)) <= p * v
 
 
+@pytest.mark.parametrize(("p", "m", "passes", "idle"), [(6, 12, 4, 0.681), (6, 12, 10, 0.125), (16, 32, 31, 0.1)])
+def test_every_pass_that_memory_allows_is_used(p: int, m: int, passes: int, idle: float) -> None:
+    seconds = same(p, 2, (1, 1, 1))
+    orders = list_schedule(p, m, 2, seconds, passes / (2 * p))
+    assert timed(orders, seconds).makespan / (6 * m) - 1 <= idle
+    assert max(map(most_passes_held, orders)) <= passes
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-10, 1e-3, 7, 1e300])
+def test_only_ratios_of_durations_matter(unit: float) -> None:
+    """But for 1e-9 of the longest."""
+    p, m = 4, 8
+    scaled = [same(p, 2, tuple(factor * time for time in (1, 1.1, 0.7)), factor * 0.05) for factor in (1, unit)]
+    orders = [list_schedule(p, m, 2, seconds, memory=0.75) for seconds in scaled]
+    assert timed(orders[1], scaled[0]).makespan == pytest.approx(timed(orders[0], scaled[0]).makespan, rel=1e-6)
+
+
 @pytest.mark.parametrize("p", [4, 6, 9])
 def test_little_memory_in_a_v(p: int) -> None:
     """Idle time of V-Min and V-Half: about 4p and 3p passes (arXiv 2405.15362, table 1)."""
@@ -142,7 +159,7 @@ def test_any_times_and_memory_give_an_order_and_more_memory_none_that_is_longer(
     seconds = PassSeconds(*tables, draw.choice((0, 0.1, 1)))
     kept, spans = draw.choice((0, 0.366, 0.7, 1)), []
     assert list_schedule(p, m, v, seconds, 1, kept) == list_schedule(p, m, v, seconds, 1, kept)
-    for held in range(v, 2 * p * v + 1, max(1, p // 2)):
+    for held in range(v, 2 * p * v + 1):
         orders = list_schedule(p, m, v, seconds, held / (p * v), kept)
         spans.append(timed(orders, seconds).makespan)
         for order in orders:
@@ -173,6 +190,7 @@ def test_orders_that_wait_for_each_other() -> None:
         ((4, 8, 2), 1, (0.2,), "memory of 0.2 times .* 4 stages hold a micro-batch's 2 passes; give at least 0.25"),
         ((4, 8, 1), 1, (math.nan,), "give at least 0.25"),
         ((4, 8, 3), 1, (1,), "1 or 2 chunks, not 4, 8 and 3"),
+        ((4, 8, 1), math.inf, (1,), "backward_input has the duration inf; times must be finite"),
         ((4, 8, 1), -1, (1,), "backward_input has the duration -1"),
         ((4, 8, 1), 1, (1, 1.1), "kept is 1.1; .* give 0 to 1"),
         ((4, 8, 1), 1, (1, math.nan), "kept is nan; .* give 0 to 1"),

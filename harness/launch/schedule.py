@@ -30,13 +30,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--png", type=Path)
     options, overrides = parser.parse_known_args(arguments)
     try:
+        if options.png is not None and options.png.suffix != ".png":
+            raise ConfigError(f"--png {options.png} is no name of a PNG file; let it end in .png")
         config = load_config(compose(overrides), detect_machine())
         schedule = schedule_of(config)
         print("\n".join([describe(config, schedule), "", *drawing(schedule)]))
         if options.csv is not None:
             write_schedule(options.csv, passes_with_parts(schedule))
         if options.png is not None:
-            spans = dict(enumerate(of_equal_passes(schedule)))
+            every = enumerate(of_equal_passes(schedule))
+            spans = {stage: [span for span in spans if span.micro_batch >= 0] for stage, spans in every}
             timeline_picture(spans, options.png, f"{describe(config, schedule)}; a forward pass takes 1 ms")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,14 +64,25 @@ def of_equal_passes(schedule: Schedule) -> list[list[Span]]:
 
 
 def drawing(schedule: Schedule) -> list[str]:
-    """A line per stage, a column per millisecond: pass and micro-batch, small letters in every second chunk."""
-    lines, width = [], len(f"F{schedule.num_micro_batches - 1}")
-    for stage, spans in enumerate(of_equal_passes(schedule)):
-        computed = [span for span in spans if span.kind in schedule.computes]
-        columns = ["."] * (max(span.end_ns for span in computed) // 10**6)
-        for span in computed:
-            letter = LETTERS[span.kind].lower() if span.chunk % 2 else LETTERS[span.kind]
-            begin, end = span.start_ns // 10**6, span.end_ns // 10**6
-            columns[begin:end] = [f"{letter}{span.micro_batch}"] * (end - begin)
-        lines.append(f"stage {stage}   " + " ".join(column.ljust(width) for column in columns).rstrip())
-    return lines
+    """A line per stage, a column per millisecond: pass and micro-batch.
+
+    A second chunk has small letters; where there are more, the chunk stands before the letter.
+    """
+    rows = []
+    for spans in of_equal_passes(schedule):
+        rows.append(["."] * (max(span.end_ns for span in spans if span.kind in schedule.computes) // 10**6))
+        for span in spans:
+            if span.kind in schedule.computes:
+                begin, end = span.start_ns // 10**6, span.end_ns // 10**6
+                rows[-1][begin:end] = [_cell(span, schedule.num_chunks)] * (end - begin)
+    width = max(len(cell) for row in rows for cell in row)
+    return [
+        f"stage {stage}   " + " ".join(cell.ljust(width) for cell in row).rstrip() for stage, row in enumerate(rows)
+    ]
+
+
+def _cell(span: Span, num_chunks: int) -> str:
+    letter = LETTERS[span.kind]
+    if num_chunks > 2:
+        return f"{span.chunk}{letter}{span.micro_batch}"
+    return f"{letter.lower() if span.chunk else letter}{span.micro_batch}"

@@ -150,6 +150,8 @@ def _check_schedule(config: RunConfig) -> None:
             f"parallel.schedule_seconds has {len(rows)} rows for {num_parts} parts of the model; give one row for all "
             "or one for each part"
         )
+    if rows is not None and not any(map(any, rows)):
+        raise ConfigError(f"parallel.schedule_seconds={rows} are all 0; give passes the seconds or ratios they take")
     if rows is not None and (parallel.schedule_passes is not None or not SCHEDULES[parallel.schedule].limits_memory):
         raise ConfigError(
             f"parallel.schedule={parallel.schedule} counts with no parallel.schedule_seconds; leave them out, or use "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def read_layer_seconds(file: Path) -> LayerSeconds | None:
 
 def _three(values: Any) -> tuple[float, float, float]:
     forward, input_half, weight_half = map(float, values)
+    if not all(0 <= value < math.inf for value in (forward, input_half, weight_half)):
+        raise ValueError(f"{values} are no durations")
     return forward, input_half, weight_half
 
 

@@ -23,7 +23,7 @@ from harness.spec.schedule_files import read_schedule
 from harness.spec.schedules import SCHEDULES, kind_of_passes, placement_of
 from harness.spec.transformers_config import resolve_model
 
-MEASURABLE: dict[str, Any] = {"partition": "uniform", "schedule_seconds": None}
+MEASURABLE: dict[str, Any] = {"partition": "uniform", "schedule_seconds": [[1.0, 1.0, 1.0]]}
 """Keys of `parallel` whose numbers may be measured, and what stands for them until then."""
 
 
@@ -56,6 +56,8 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(first_problem(error)) from None
     check(config, machine)
+    if config.parallel.pp == 1 and "partition" in measured:
+        measured.remove("partition")  # there is but one
     if measured:
         config = _with_measured(config, measured, machine)
         check(config, machine)
@@ -101,10 +103,17 @@ def _resolve_dp(parallel: dict[str, Any], machine: Machine) -> None:
 def _resolve_schedule(parallel: dict[str, Any]) -> None:
     """Read a schedule's file, whose name remains; replace null chunks by what the schedule has."""
     schedule, kind = parallel.get("schedule"), None
-    if isinstance(schedule, str) and schedule.endswith(".csv") and parallel.get("schedule_passes") is None:
-        file = Path(schedule).expanduser()
-        parallel["schedule"], parallel["schedule_passes"] = file.name, read_schedule(file)
     passes = parallel.get("schedule_passes")
+    is_file = isinstance(schedule, str) and schedule.lower().endswith(".csv")
+    if is_file and passes is None:
+        file = Path(str(schedule)).expanduser()
+        parallel["schedule"], parallel["schedule_passes"] = file.name, read_schedule(file)
+        passes = parallel["schedule_passes"]
+    elif passes is not None and not is_file:
+        raise ConfigError(
+            f"parallel.schedule_passes is what a file holds, but parallel.schedule={schedule} is none; leave it out, "
+            "or use parallel.schedule=FILE.csv"
+        )
     if isinstance(passes, list) and all(isinstance(row, str) for row in passes):
         try:
             kind = kind_of_passes(tuple(passes))

@@ -19,9 +19,9 @@ from harness.errors import ConfigError
 
 KIND_OF_LETTER = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
 LETTER_OF_KIND = {kind: letter for letter, kind in KIND_OF_LETTER.items()}
-PASS = re.compile(r"(\d+)([FBIW])(\d+)")
-OVERLAPPED = re.compile(r"\((.*)\)OVERLAP_F_B")
-FOLLOWS = re.compile(r"\d*(UNSHARD|RESHARD|REDUCE_GRAD|SEND_[FB]|RECV_[FB])\d*")
+PASS = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
+OVERLAPPED = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
+FOLLOWS = re.compile(r"[0-9]*(UNSHARD|RESHARD|REDUCE_GRAD|SEND_[FB]|RECV_[FB])[0-9]*")
 """What is not for a schedule to say here."""
 
 
@@ -32,7 +32,7 @@ def read_schedule(path: Path) -> list[str]:
         ConfigError: the file can't be read, or has a cell that is no pass.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [list(row) for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(

@@ -259,16 +259,11 @@ class ScheduleKind:
     """Whether it keeps within `parallel.schedule_memory`."""
 
 
-def _late_weights(p: int, m: int, v: int) -> Fraction:
-    """(p-1)/(3 m): of 1F1B's bubble a third is left where the three passes take equally long (arXiv 2401.10241)."""
-    return Fraction(p - 1, 3 * m)
-
-
 SCHEDULES: dict[str, ScheduleKind] = {
     "gpipe": ScheduleKind(gpipe, fill_and_drain),
     "1f1b": ScheduleKind(one_forward_one_backward, fill_and_drain),
     "interleaved": ScheduleKind(interleaved, fill_and_drain, num_chunks=2, most_chunks=None),
-    "zb_h1": ScheduleKind(zb_h1, _late_weights, splits=True),
+    "zb_h1": ScheduleKind(zb_h1, splits=True),
     "zb_auto": ScheduleKind(zero_bubble, splits=True, limits_memory=True),
     "zb_v": ScheduleKind(zero_bubble, num_chunks=2, most_chunks=2, is_v=True, splits=True, limits_memory=True),
     "dualpipev": ScheduleKind(dualpipev, num_chunks=2, most_chunks=2, is_v=True),
@@ -438,6 +433,8 @@ def kind_of_passes(rows: tuple[str, ...]) -> ScheduleKind:
         ValueError: the parts of the stages are in neither a loop nor a V.
     """
     passes = [passes_of(row) for row in rows]
+    if not any(passes):
+        raise ValueError("it has no pass; give a row of passes per stage, such as 0F0,0B0")
     parts = [sorted({part for _, _, part in row}) for row in passes]
     num_chunks = max(map(len, parts))
     for placement in (Placement(len(rows), num_chunks, is_v) for is_v in (False, True)):
@@ -486,8 +483,11 @@ def build_placement(
     if num_stages < 1 or num_chunks < 1:
         raise ValueError(f"a schedule needs at least 1 stage and chunk, not {num_stages} and {num_chunks}")
     if num_chunks < kind.num_chunks or num_chunks > (kind.most_chunks or num_chunks):
-        more = " or more" if kind.most_chunks is None else ""
-        raise ValueError(f"{name} has {kind.num_chunks}{more} chunks per stage, not {num_chunks}")
+        several = f"{kind.num_chunks}{' or more' if kind.most_chunks is None else ''} chunks"
+        raise ValueError(
+            f"{name} has {'1 chunk' if several == '1 chunks' else several} per stage, not {num_chunks}; leave "
+            "num_chunks out, or use another schedule"
+        )
     if num_stages == 1 < num_chunks:
         raise ValueError(f"{name} needs 2 stages or more, not 1; use 1f1b")
     return Placement(num_stages, num_chunks, kind.is_v)

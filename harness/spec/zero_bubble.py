@@ -18,7 +18,8 @@ from harness.spec.passes import Pass, PassSeconds, most_passes_held, time_passes
 from harness.spec.weight_passes import UrgentPasses, place_weights
 
 TICKS = 10**9
-"""Per unit of time: sums of whole numbers don't depend on their order, so every rank finds the same schedule."""
+"""In the power of ten that the longest duration has: sums of whole numbers don't depend on their order, so every rank
+finds the same schedule."""
 
 
 def list_schedule(
@@ -40,8 +41,8 @@ def list_schedule(
         num_chunks: parts of the model per stage, 1 or 2.
         seconds: durations, the same for all micro-batches.
         memory: limit of what a stage holds, as a multiple of 1F1B's first stage: memory p micro-batches with one
-            chunk, 2 memory p passes with two. It is rounded down to one of `memory_levels`; more memory never makes
-            the schedule longer.
+            chunk, 2 memory p passes with two. It is rounded down to whole passes, in large pipelines to one of
+            `memory_levels`; more memory never makes the schedule longer.
         kept: the share that a pass holds between its input and its weight pass, of what it holds before; M_W / M_B in
             arXiv 2401.10241, section 2.2.
 
@@ -73,12 +74,13 @@ def list_schedule(
 def memory_levels(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[int]:
     """The limits that are tried, in passes per stage, from one micro-batch to all.
 
-    Eighths of 1F1B's memory, quarters from there up to twice as much, and with two chunks V-Min's and V-Half's: about
-    a third of p micro-batches and a half (arXiv 2405.15362, table 1).
+    Every number up to twice 1F1B's, or every 16th of 1F1B's where that is more than 32 passes, and with two chunks
+    what V-Min and V-Half hold: about a third of p micro-batches and a half (arXiv 2405.15362, table 1).
     """
     most = num_micro_batches * num_chunks
-    eighths = [*range(1, 8), *range(8, 17, 2)]
-    levels = {num_chunks, most} | {math.ceil(num_chunks * num_stages * eighth / 8) for eighth in eighths}
+    of_1f1b = num_chunks * num_stages
+    parts = of_1f1b if of_1f1b <= 32 else 16
+    levels = {num_chunks, most} | {math.ceil(of_1f1b * part / parts) for part in range(1, 2 * parts + 1)}
     if num_chunks == 2:
         levels |= {2 * ((num_stages + 4) // 3), 2 * ((num_stages + 2) // 2)}
     return sorted(level for level in levels if num_chunks <= level <= most)
@@ -222,6 +224,7 @@ def _ticks(num_stages: int, num_micro_batches: int, num_chunks: int, seconds: Pa
             f"a zero-bubble schedule needs at least 1 stage and micro-batch, and 1 or 2 chunks, not {num_stages}, "
             f"{num_micro_batches} and {num_chunks}"
         )
+    unit = _unit(seconds)
     tables: list[list[list[int]]] = []
     for kind, table in zip(KINDS, (seconds.forward, seconds.backward_input, seconds.backward_weight), strict=True):
         if len(table) != num_stages or any(len(row) != num_chunks for row in table):
@@ -229,12 +232,25 @@ def _ticks(num_stages: int, num_micro_batches: int, num_chunks: int, seconds: Pa
                 f"{kind} has durations for {[len(row) for row in table]} chunks of {len(table)} stages; give one row "
                 f"per stage ({num_stages}) with one number per chunk ({num_chunks})"
             )
-        tables.append([[_tick(kind, duration) for duration in row] for row in table])
+        tables.append([[round(duration / unit * TICKS) for duration in row] for row in table])
     forward, backward_input, backward_weight = tables
-    return PassSeconds(forward, backward_input, backward_weight, _tick("transfer", seconds.transfer))
+    return PassSeconds(forward, backward_input, backward_weight, round(seconds.transfer / unit * TICKS))
 
 
-def _tick(name: str, duration: float) -> int:
-    if not (math.isfinite(duration) and duration >= 0):
-        raise ValueError(f"{name} has the duration {duration}; times must be finite and 0 or more")
-    return round(duration * TICKS)
+def _unit(seconds: PassSeconds) -> float:
+    """The power of ten of the longest duration.
+
+    Raises:
+        ValueError: durations that can't be.
+    """
+    longest = 0.0
+    for kind, table in zip(KINDS, (seconds.forward, seconds.backward_input, seconds.backward_weight), strict=True):
+        for duration in (duration for row in table for duration in row):
+            if not (math.isfinite(duration) and duration >= 0):
+                raise ValueError(f"{kind} has the duration {duration}; times must be finite and 0 or more")
+            longest = max(longest, duration)
+    if not (math.isfinite(seconds.transfer) and seconds.transfer >= 0):
+        raise ValueError(f"transfer has the duration {seconds.transfer}; times must be finite and 0 or more")
+    if longest == 0:
+        raise ValueError("all passes have the duration 0; give at least one of them more")
+    return float(10.0 ** math.floor(math.log10(longest)))

@@ -7,7 +7,7 @@ gives, that the simulator gives for the measured durations, and that was measure
 and the median of them, as rows of results.csv report it. Then a stage that is half as fast and a link that is slow
 (whose messages leave late, below the tracer): idle time per stage and step that they cause, as set and as the
 explanation of the bubble finds it. One start of p ranks for each p. `--schedules` measures every schedule with every p
-and m instead, which takes half an hour.
+and m instead, which takes eight minutes.
 
 How far may the measured bubble be from the set one on the machine at hand, which takes time of its own for
 instructions and transfers? A step is as long as the longest path through its instructions, and a longest path grows by
