@@ -9,7 +9,7 @@ stages), which splitting a backward pass shall not lengthen. The bubble and its 
 in per cent of the time from the first forward to the last backward. All are medians over the steps, so the causes add
 up to the bubble only nearly. By default two stages compute on two cores. With `--emulated` four stages of two blocks
 wait for 15 and 30 ms per block, whose backward pass splits into halves: then the gain of equal passes with free
-transfers (`ideal`) is known beforehand.
+transfers (`ideally`) is known beforehand.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
             configs["1f1b"].parallel.world_size, "benchmarks.schedules", case, Path(folder), timeout=7200
         )
     print(
-        "| schedule | step ms | stage busy ms | 1F1B of DeepSpeed / it | 95 % interval | ideal | bubble % "
+        "| schedule | step ms | stage busy ms | 1F1B of DeepSpeed / it | 95 % interval | ideally | bubble % "
         f"| {' | '.join(CAUSES)} |\n|---|---:|---:|---:|---:|---:|---:|{'---:|' * len(CAUSES)}"
     )
     stock = answer["stock"]["seconds"]
@@ -74,7 +74,7 @@ def main() -> None:
         ratios = [theirs / ours for theirs, ours in zip(stock, found["seconds"], strict=True)]
         low, high = median_interval(ratios)
         overhead = ideal_bubble_overhead_of(configs[name])
-        causes = (f"{median(of_step[cause] for of_step in found['causes']):.1f}" for cause in CAUSES)
+        causes = (f"{round(median(of_step[cause] for of_step in found['causes']), 1) + 0:.1f}" for cause in CAUSES)
         print(
             f"| {name} | {median(found['seconds']) * 1e3:.1f} | {median(found['busy']) * 1e3:.1f} "
             f"| {median(ratios):.3f} | {low:.3f}-{high:.3f} | {(1 + of_1f1b) / (1 + overhead):.3f} "
