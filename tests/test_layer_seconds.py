@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,10 @@ def test_numbers_and_not_where_they_come_from_are_in_the_configuration() -> None
     even = load_config(raw, MACHINE)
     assert even.parallel.partition == [2, 2, 2, 2]
     assert identity(even, "data") != before
-    listed = load_config(compose_raw(*ASKED[:2], *ASKED[4:], "parallel.partition=[1,3,3,1]"), MACHINE)
-    assert listed.parallel.partition == config.parallel.partition
+    *_, launcher, repeated = points.repeat_command(ASKED, config).partition("launchers/train.py")
+    assert launcher
+    assert "measured" not in repeated
+    assert identity(load_config(compose_raw(*shlex.split(repeated)), MACHINE), "data") == before
 
 
 def test_what_decides_how_long_layers_take_has_a_file_of_its_own() -> None:

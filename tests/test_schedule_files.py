@@ -9,6 +9,7 @@ from helpers import make_config
 from test_schedule import in_torch, passes
 
 from harness.errors import ConfigError
+from harness.launch.points import repeat_command
 from harness.spec.config import RunConfig
 from harness.spec.identity import identity
 from harness.spec.schedule_files import read_schedule, write_schedule
@@ -113,6 +114,13 @@ def test_a_file_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
     assert config.parallel.schedule_passes == ["0F0 0B0", "1F0 1B0"]
 
 
+def test_the_command_of_a_point_finds_the_file_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_schedule(tmp_path / "one.csv", passes_with_parts(build_schedule("zb_h1", P, M)))
+    monkeypatch.chdir(tmp_path)
+    config = config_of(Path("one.csv"))
+    assert f"parallel.schedule={tmp_path / 'one.csv'}" in repeat_command(["parallel.schedule=one.csv"], config)
+
+
 def test_passes_are_those_of_a_file() -> None:
     given = "parallel.schedule_passes=[0F0 0F1 0B0 0B1,1F0 1F1 1B0 1B1]"
     with pytest.raises(ConfigError, match=r"is what a file holds, but parallel\.schedule=1f1b is none; leave it out"):
@@ -127,7 +135,7 @@ def test_a_file_that_holds_too_much_or_is_not_there(tmp_path: Path) -> None:
     assert config_of(tmp_path / "gpipe.csv", "parallel.schedule_memory=2")
     with pytest.raises(ConfigError, match="holds the activations of 4 micro-batches, but schedule_memory=1 allows 2"):
         config_of(tmp_path / "gpipe.csv", "parallel.schedule_memory=1")
-    with pytest.raises(ConfigError, match=r"can't be read: .*No such file"):
+    with pytest.raises(ConfigError, match=r"can't be read: .*No such file.* or give parallel\.schedule_passes"):
         config_of(tmp_path / "none.csv")
     with pytest.raises(ConfigError, match=r"gpipe keeps to no limit of memory, but schedule_memory=1; use zb_auto"):
         make_config(*SIZES, "parallel.schedule=gpipe", "parallel.schedule_memory=1")

@@ -22,8 +22,8 @@ from harness.record.store import Attempt, Point, SweepDirectory, is_stale, write
 from harness.secrets import PLACES, TypedOut
 from harness.spec.config import REPOSITORY, Data, RunConfig
 from harness.spec.identity import identity
-from harness.spec.layer_seconds import NotMeasured
-from harness.spec.resolve import load_config
+from harness.spec.layer_seconds import MEASURED, NotMeasured
+from harness.spec.resolve import MEASURABLE, load_config
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -263,7 +263,7 @@ def _never_started(attempt: Attempt) -> bool:
 
 def repeat_command(overrides: Sequence[str], config: RunConfig) -> str:
     """The command, from the repository root, that runs a point again; on this host with the user's `deepspeed`."""
-    own = map(_from_root, own_overrides(overrides))
+    own = [_from_root(_in_numbers(override, config)) for override in own_overrides(overrides)]
     return shlex.join([*backend_of(config).prefix(config), "launchers/train.py", *own])
 
 
@@ -272,10 +272,20 @@ def own_overrides(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if not override.startswith("sweep.")]
 
 
+def _in_numbers(override: str, config: RunConfig) -> str:
+    """What was to be measured, as the numbers that it was."""
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    if section == "parallel" and name in MEASURABLE and value == MEASURED:
+        return f"{key}={getattr(config.parallel, name)}".replace(" ", "")
+    return override
+
+
 def _from_root(override: str) -> str:
     """A path that was given from another folder, made absolute."""
     key, _, value = override.partition("=")
     path = Path(value)
-    if key in PLACES and Path.cwd() != REPOSITORY and not path.is_absolute() and path.exists():
+    is_place = key in PLACES or (key == "parallel.schedule" and path.suffix.lower() == ".csv")
+    if is_place and Path.cwd() != REPOSITORY and not path.is_absolute() and path.exists():
         return f"{key}={path.resolve()}"
     return override

@@ -22,7 +22,7 @@ class Left(NamedTuple):
     compute: Callable[[], Sequence[Tensor]]
     """The gradients of the parameters."""
     parameters: tuple[Tensor, ...]
-    """None where a layer only takes time, as emulated ones do."""
+    """Empty where a layer only takes time, as emulated ones do."""
 
 
 class WeightGradients:

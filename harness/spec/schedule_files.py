@@ -36,7 +36,8 @@ def read_schedule(path: Path) -> list[str]:
             rows = [list(row) for row in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
-            f"parallel.schedule={str(path)!r} can't be read: {error}; name a schedule or a file"
+            f"parallel.schedule={str(path)!r} can't be read: {error}; name a schedule or a file, or give "
+            "parallel.schedule_passes what config.yaml of a run of it holds"
         ) from None
     rows = [row for row in rows if any(cell.strip() for cell in row)]
     if not rows:
