@@ -124,7 +124,7 @@ def test_never_longer_than_zb_v_or_zb_h1(p: int, groups: int) -> None:
             assert max(map(most_passes_held, orders)) <= p * v
 
 
-@pytest.mark.parametrize(("p", "m", "passes", "idle"), [(6, 12, 4, 0.681), (6, 12, 10, 0.125), (16, 32, 31, 0.1)])
+@pytest.mark.parametrize(("p", "m", "passes", "idle"), [(6, 12, 4, 0.681), (6, 12, 10, 0.125), (12, 24, 23, 0.1)])
 def test_every_pass_that_memory_allows_is_used(p: int, m: int, passes: int, idle: float) -> None:
     seconds = same(p, 2, (1, 1, 1))
     orders = list_schedule(p, m, 2, seconds, passes / (2 * p))

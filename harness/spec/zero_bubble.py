@@ -74,12 +74,12 @@ def list_schedule(
 def memory_levels(num_stages: int, num_micro_batches: int, num_chunks: int) -> list[int]:
     """The limits that are tried, in passes per stage, from one micro-batch to all.
 
-    Every number up to twice 1F1B's, or every 16th of 1F1B's where that is more than 32 passes, and with two chunks
+    Every number up to twice 1F1B's, or every eighth of 1F1B's where that is more than 24 passes, and with two chunks
     what V-Min and V-Half hold: about a third of p micro-batches and a half (arXiv 2405.15362, table 1).
     """
     most = num_micro_batches * num_chunks
     of_1f1b = num_chunks * num_stages
-    parts = of_1f1b if of_1f1b <= 32 else 16
+    parts = of_1f1b if of_1f1b <= 24 else 8
     levels = {num_chunks, most} | {math.ceil(of_1f1b * part / parts) for part in range(1, 2 * parts + 1)}
     if num_chunks == 2:
         levels |= {2 * ((num_stages + 4) // 3), 2 * ((num_stages + 2) // 2)}
