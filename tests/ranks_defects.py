@@ -23,7 +23,7 @@ import harness.run.engines.deepspeed.scheduled as scheduled
 import harness.run.engines.deepspeed.transfers as transfers
 import harness.run.optimizer as optimizer_module
 import harness.run.parity as parity
-from harness.model.weight_gradients import Left
+from harness.model.weight_gradients import PutOff
 from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.spec.config import RunConfig, Train
 from harness.spec.parameters import ParameterSpec
@@ -143,7 +143,7 @@ def a_weight_pass_doubled(patch: pytest.MonkeyPatch) -> None:
     right = scheduled.add_gradients
     passes = count()
 
-    def twice(left: list[Left]) -> None:
+    def twice(left: list[PutOff]) -> None:
         if next(passes) == 1:
             right(list(left))
         right(left)

@@ -1,8 +1,8 @@
 """Rank program: steps of one pipeline under several schedules, one after the other in one process group.
 
 `steps`: the gradients of a step of each configuration. `under`: the same with a trace, then a checkpoint, a step in
-which one stage stands still until the others have come to rest, and that step once more, without the stop, by an engine
-that begins with the checkpoint. Of tensors the answer holds digests.
+which one stage stands still until the others wait for it, and that step once more, without the stop, by an engine that
+begins with the checkpoint. Of tensors the answer holds digests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from helpers import make_config
 
 from harness.checkpoints import directory_of
-from harness.record.heartbeat import Heart, Heartbeat, read_heartbeats
+from harness.record.heartbeat import Heart, read_heartbeats
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.data import CorpusSamples, MicroBatch, micro_batches
 from harness.run.engines.deepspeed.join import initialize_distributed
@@ -30,25 +30,24 @@ from harness.run.tasks.train import share_corpus
 from harness.spec.config import RunConfig
 from harness.spec.schedules import Instruction, schedule_of
 
-REST_SECONDS, MOST_SECONDS = 0.3, 30
+REST_SECONDS, MOST_SECONDS = 0.3, 60
 
 
 class Stop(Observer):
-    """Stands still before an instruction, until no rank's heartbeat has changed for a while; notes what they say."""
+    """Stands still before an instruction until all heartbeats have said for a while what is expected; notes them."""
 
-    def __init__(self, instruction: Instruction, attempt: Path) -> None:
-        self._instruction, self._attempt = instruction, attempt
+    def __init__(self, instruction: Instruction, attempt: Path, expected: list[str]) -> None:
+        self._instruction, self._attempt, self._expected = instruction, attempt, expected
         self.found: list[str] = []
 
     def began(self, instruction: Instruction) -> None:
         if instruction != self._instruction or self.found:
             return
-        before: list[Heartbeat] = []
-        deadline = time.monotonic() + MOST_SECONDS
-        while (now := read_heartbeats(self._attempt)) != before and time.monotonic() < deadline:
-            before = now
+        deadline, before = time.monotonic() + MOST_SECONDS, self.found
+        while not before == self.found == self._expected and time.monotonic() < deadline:
+            before = self.found
             time.sleep(REST_SECONDS)
-        self.found = [str(heartbeat) for heartbeat in now]
+            self.found = [str(heartbeat) for heartbeat in read_heartbeats(self._attempt)]
 
 
 def run(argument: dict[str, Any], folder: Path) -> dict[str, list[Any]]:
@@ -103,7 +102,7 @@ def _under(config: RunConfig, case: dict[str, Any], folder: Path) -> dict[str, A
     gradients = _gradients_of_step(engine, data)
     spans = tracer.spans(1)
     save_checkpoint(attempt, engine, config, 1, None)
-    stop = Stop(Instruction(*case["at"]), attempt)
+    stop = Stop(Instruction(*case["at"]), attempt, case["expected"])
     if rank == case["stage"]:
         engine.observers.append(stop)
     chunks = schedule_of(config).num_chunks

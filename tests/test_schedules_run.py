@@ -65,10 +65,11 @@ def _sentence(instruction: Instruction, num_chunks: int) -> str:
 def test_every_schedule_in_one_launch(tmp_path: Path) -> None:
     schedules = {name: build_schedule(name, P, M) for name in SCHEDULES}
     overrides = {name: [*TINY, f"parallel.schedule={name}"] for name in SCHEDULES}
+    stands = {name: where_all_stand(schedule, stop_of(schedule)) for name, schedule in schedules.items()}
     argument = {
         "steps": [[*plain, *OPTIONS] for plain in overrides.values()],
         "under": [
-            {"overrides": overrides[name], "stage": STOPPED, "at": stop_of(schedule)}
+            {"overrides": overrides[name], "stage": STOPPED, "at": stop_of(schedule), "expected": stands[name]}
             for name, schedule in schedules.items()
         ],
     }
@@ -80,7 +81,7 @@ def test_every_schedule_in_one_launch(tmp_path: Path) -> None:
         for name, whole in zip(SCHEDULES, wholes, strict=True):
             assert whole == wholes[0], name  # bit by bit
     for (name, schedule), ranks in zip(schedules.items(), answer["under"], strict=True):
-        assert ranks[STOPPED]["stands"] == where_all_stand(schedule, stop_of(schedule)), name
+        assert ranks[STOPPED]["stands"] == stands[name], name
         assert [rank["resumed"] for rank in ranks] == [rank["stopped"] for rank in ranks], name
         files = [
             SpanFile({"rank": stage, "pp": stage, "dp": 0, "tp": 0}, [Span(*span) for span in rank["spans"]])

@@ -163,7 +163,7 @@ class _GatheredLinear(torch.autograd.Function):
 
         hidden_gradient = _scatter_sum(gradient @ weight, SEQUENCE, group)
         if ctx.later is not None:
-            ctx.later.leave(of_parameters, *([weight] if bias is None else [weight, bias]))
+            ctx.later.leave(of_parameters, weight, bias)
             return hidden_gradient, None, None, None, None
         of_weight, *of_bias = of_parameters()
         return hidden_gradient, of_weight, of_bias[0] if of_bias else None, None, None

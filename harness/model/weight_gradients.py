@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Left(NamedTuple):
+class PutOff(NamedTuple):
     """A part of a backward pass that was put off."""
 
     compute: Callable[[], Sequence[Tensor]]
-    """The gradients of the parameters."""
+    """The gradients of the parameters, one of the shape of each."""
     parameters: tuple[Tensor, ...]
     """Empty where a layer only takes time, as emulated ones do."""
 
@@ -29,19 +29,23 @@ class WeightGradients:
     """What the backward passes of one rank have left to do."""
 
     def __init__(self) -> None:
-        self._left: list[Left] = []
+        self._left: list[PutOff] = []
 
-    def leave(self, compute: Callable[[], Sequence[Tensor]], *parameters: Tensor) -> None:
-        """Put off a part of the pass that runs now; what it needs stays in memory until then."""
-        self._left.append(Left(compute, parameters))
+    def leave(self, compute: Callable[[], Sequence[Tensor]], *parameters: Tensor | None) -> None:
+        """Put off a part of the pass that runs now; what it needs stays in memory until then.
 
-    def take(self) -> list[Left]:
+        Args:
+            compute: the gradients of the parameters, those that are None left out.
+        """
+        self._left.append(PutOff(compute, tuple(parameter for parameter in parameters if parameter is not None)))
+
+    def take(self) -> list[PutOff]:
         """What passes have left since this was asked last, in their order."""
         left, self._left = self._left, []
         return left
 
 
-def add_gradients(left: list[Left]) -> None:
+def add_gradients(left: list[PutOff]) -> None:
     """Compute what was put off, and add it to the gradients of parameters as a backward pass does.
 
     It is one: hooks that wait for gradients (of ZeRO, or that add up bf16 in fp32) see nothing new, and the first
@@ -54,7 +58,7 @@ def add_gradients(left: list[Left]) -> None:
     while left:
         compute, parameters = left.pop()
         if parameters:
-            torch.autograd.backward(_PutOff.apply(compute, *parameters))  # type: ignore[no-untyped-call]
+            torch.autograd.backward(_GradientsOf.apply(compute, *parameters))  # type: ignore[no-untyped-call]
         else:
             compute()
 
@@ -89,7 +93,9 @@ def product_gradients(gradient: Tensor, hidden: Tensor, has_bias: bool) -> list[
     return [of_weight, rows.sum(dim=0)] if has_bias else [of_weight]
 
 
-class _PutOff(torch.autograd.Function):
+class _GradientsOf(torch.autograd.Function):
+    """Of no use but for its backward pass, which hands autograd the gradients of the parameters."""
+
     @staticmethod
     def forward(ctx: Any, compute: Callable[[], Sequence[Tensor]], *parameters: Tensor) -> Tensor:
         ctx.compute = compute
@@ -110,8 +116,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
-        parameters = [weight] if bias is None else [weight, bias]
-        ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), *parameters)
+        ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), weight, bias)
         return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 

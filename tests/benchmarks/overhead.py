@@ -65,7 +65,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from harness.run.instruments.tracer import Tracer, build_clock
     from harness.run.loop import Loop
 
-    rank, config, device, samples = join(case["overrides"])
+    rank, _, config, device, samples = join(case["overrides"])
     bare, engine = build_bare(config, rank), build_engine(config, rank)
     attempt = Attempt(folder)
     tracer = Tracer(build_clock(device.type), nested=config.tracking.trace_level == "collectives")

@@ -96,13 +96,13 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from harness.spans.span import activity
     from harness.spec.schedules import schedule_of
 
-    rank, plain, device, samples = join(case["overrides"])
+    rank, machine, plain, device, samples = join(case["overrides"])
     bare, bare_data = build_bare(plain, rank), micro_batches(plain, samples, dp_rank=0)
     steps: dict[str, Callable[[int], Any]] = {"stock": lambda _: float(bare.train_batch(data_iter=bare_data))}
     tracers: dict[str, tuple[Tracer, Any]] = {}
 
     def step_of(name: str) -> Callable[[int], Any]:
-        config = make_config(*case["overrides"], f"parallel.schedule={name}")
+        config = make_config(*case["overrides"], f"parallel.schedule={name}", machine=machine)
         engine, data = build_engine(config, rank), micro_batches(config, samples, dp_rank=0)
         tracer = Tracer(build_clock(device.type))
         tracer.attach(engine)

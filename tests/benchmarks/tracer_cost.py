@@ -83,7 +83,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from harness.spans.files import span_lines
     from harness.spans.span import Span
 
-    rank, config, device, samples = join(case["overrides"])
+    rank, _, config, device, samples = join(case["overrides"])
     engine = build_engine(config, rank)
     data = micro_batches(config, samples, dp_rank=0)
     bare = list(engine.observers), list(engine.tp.parts.observers)

@@ -19,6 +19,7 @@ class Setting(NamedTuple):
     """What the engines of a rank have in common."""
 
     rank: int
+    machine: Any
     config: Any
     device: Any
     samples: Any
@@ -37,7 +38,7 @@ def join(overrides: Sequence[str]) -> Setting:
     rank, machine = int(os.environ["RANK"]), detect_machine()
     config = make_config(*overrides, machine=machine)
     device = set_up_device(config, machine)
-    return Setting(rank, config, device, CorpusSamples(config, share_corpus(config, rank)))
+    return Setting(rank, machine, config, device, CorpusSamples(config, share_corpus(config, rank)))
 
 
 def take_turns(steps: dict[str, Callable[[int], Any]], rounds: int, device: Any) -> Iterator[tuple[str, float]]:

@@ -20,7 +20,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 
-from harness.model.weight_gradients import Left, WeightGradients, add_gradients
+from harness.model.weight_gradients import PutOff, WeightGradients, add_gradients
 from harness.run.engines.deepspeed.transfers import Channels, Transfers
 from harness.run.engines.engine import Observers
 from harness.spec.placement import Placement
@@ -92,7 +92,7 @@ class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no
         """Of outputs that are no losses."""
         self._gradients_to_send: dict[Place, Tensor] = {}
         """Of inputs."""
-        self._left: dict[Place, list[Left]] = {}
+        self._left: dict[Place, list[PutOff]] = {}
         """What split backward passes have put off."""
         self._functions: dict[str, Callable[[Instruction], Any]] = {
             "load": self._load,
