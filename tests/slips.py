@@ -621,6 +621,36 @@ SLIPS = [
         {"width_of_weights_fixed": ("std = model.initializer_range", "std = 0.02")},
     ),
     *slips(
+        "harness/model/weight_gradients.py",
+        "tests/test_weight_gradients.py",
+        False,
+        {
+            "what_is_left_is_taken_twice": ("left, self._left = self._left, []", "left = [*self._left]"),
+            "bias_gradients_are_means": ("rows.sum(dim=0)]", "rows.mean(dim=0)]"),
+        },
+    ),
+    *slips(
+        "harness/run/engines/deepspeed/transfers.py",
+        "tests/test_transfers.py",
+        False,
+        {"kinds_share_a_tag": ("                taken[stages] += 1\n", "            taken[stages] += 1\n")},
+    ),
+    *slips(
+        "harness/spec/zero_bubble.py",
+        "tests/test_zero_bubble.py -k memory_allows or only_ratios",
+        False,
+        {
+            "eighths_of_any_memory": ("parts = of_1f1b if of_1f1b <= 24 else 8", "parts = 8"),
+            "durations_have_a_unit": ("float(10.0 ** math.floor(math.log10(longest)))", "1.0"),
+        },
+    ),
+    *slips(
+        "harness/plan/memory.py",
+        "tests/test_memory.py -k halves or split_backward",
+        False,
+        {"outputs_are_not_kept": ("return (inputs + outputs) * PREC", "return inputs * PREC")},
+    ),
+    *slips(
         "harness/plan/memory.py",
         "tests/test_memory.py -k buffers_and_masks or share_a_head",
         False,
@@ -630,7 +660,7 @@ SLIPS = [
                 "model.num_key_value_heads * model.head_dim // tp",
             ),
             "mask_of_the_embedding_everywhere": ("if first and model.dropout > 0", "if model.dropout > 0"),
-            "buffers_not_sliced": ("        received //= num_slices(parallel)\n", ""),
+            "buffers_not_sliced": ("        received //= parallel.num_slices\n", ""),
             "middle_stages_receive_once": ("received * len(lanes)", "received * min(1, len(lanes))"),
         },
     ),

@@ -74,7 +74,7 @@ def memory_per_stage(config: RunConfig, layers_per_part: Sequence[int]) -> list[
         layers = sum(layers_per_part[part] for part in parts)
         held = stage_parameters_per_rank(config.model, parallel.tp, layers, first, last)
         received = train.micro_batch_size * train.sequence_length * config.model.hidden_size * value
-        received //= num_slices(parallel)
+        received //= parallel.num_slices
         lanes = {(i.kind, i.chunk) for i in instructions if i.kind in ("recv_activation", "recv_gradient")}
         stages.append(
             StageMemory(
@@ -129,17 +129,12 @@ def optimizer_bytes_per_parameter(config: RunConfig) -> float:
     return (moments + copy) / (config.parallel.dp if zero or precision == "bf16" else 1)
 
 
-def num_slices(parallel: Parallel) -> int:
-    """Ranks over which what is between attention and feed-forward layers is sliced."""
-    return parallel.tp if parallel.sequence_parallel else 1
-
-
 def block_activation_bytes_per_token(model: Model, parallel: Parallel, precision: PrecisionName) -> float:
     """What one block saves for backward, on one rank."""
     architecture = model.architecture
     if not architecture.computes:
         return 0.0
-    tp, slices, value = parallel.tp, num_slices(parallel), PRECISIONS[precision].bytes_per_value
+    tp, slices, value = parallel.tp, parallel.num_slices, PRECISIONS[precision].bytes_per_value
     queries = model.num_attention_heads // tp * model.head_dim
     keys = max(model.num_key_value_heads // tp, 1) * model.head_dim  # ranks may share a head
     inner = model.intermediate_size // tp
@@ -158,7 +153,7 @@ def put_off_bytes_per_token(model: Model, parallel: Parallel, precision: Precisi
     queries = model.num_attention_heads * model.head_dim / parallel.tp
     keys = model.num_key_value_heads * model.head_dim / parallel.tp
     inner = model.intermediate_size / parallel.tp
-    inputs = 2 * model.hidden_size / num_slices(parallel) + queries + inner
+    inputs = 2 * model.hidden_size / parallel.num_slices + queries + inner
     outputs = 2 * model.hidden_size + queries + 2 * keys + (2 if architecture.gated else 1) * inner
     return (inputs + outputs) * PRECISIONS[precision].bytes_per_value
 
@@ -171,7 +166,7 @@ def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule
     and of the head, and the exponentials of the loss. The logits live for a moment, of one micro-batch.
     """
     model, train, placement = config.model, config.train, schedule.placement
-    value, slices = PRECISIONS[train.precision].bytes_per_value, num_slices(config.parallel)
+    value, slices = PRECISIONS[train.precision].bytes_per_value, config.parallel.num_slices
     hidden = model.hidden_size * value / slices
     block = block_activation_bytes_per_token(model, config.parallel, train.precision)
     put_off = put_off_bytes_per_token(model, config.parallel, train.precision)

@@ -160,6 +160,11 @@ class Parallel(Section):
         """Number of ranks."""
         return self.topology.world_size
 
+    @property
+    def num_slices(self) -> int:
+        """Ranks over which what is between attention and feed-forward layers is sliced."""
+        return self.tp if self.sequence_parallel else 1
+
 
 class Train(Section):
     """What one optimizer step is, and how many are taken."""

@@ -27,7 +27,6 @@ from harness.model.loss import PipelineLoss
 from harness.model.precision import dtype_of
 from harness.model.weight_gradients import WeightGradients
 from harness.model.weights import initialize, load_full
-from harness.plan.memory import num_slices
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
@@ -90,7 +89,7 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
 def hidden_shape(config: RunConfig) -> tuple[int, int, int]:
     """Of what passes between parts of the model: [batch, slice, hidden]."""
     train = config.train
-    return train.micro_batch_size, train.sequence_length // num_slices(config.parallel), config.model.hidden_size
+    return train.micro_batch_size, train.sequence_length // config.parallel.num_slices, config.model.hidden_size
 
 
 class DeepSpeedEngine:
