@@ -73,28 +73,44 @@ def layer_names(model: Model) -> list[str]:
     return [layer.name for layer in describe_layers(model, TensorParallel.single())]
 
 
+def part_boundaries(layers: Sequence[LayerDescription], blocks_per_part: Sequence[int]) -> list[int]:
+    """Index of each part's first layer, and of the end: embeddings go first, norm and head last."""
+    first_block = next(i for i, layer in enumerate(layers) if layer.name.startswith("blocks."))
+    boundaries = [0]
+    for blocks in blocks_per_part[:-1]:
+        boundaries.append((boundaries[-1] or first_block) + blocks)
+    return [*boundaries, len(layers)]
+
+
+def build_steps(layers: Sequence[LayerDescription], built: dict[str, nn.Module]) -> list[Callable[[Tensor], Tensor]]:
+    """What layers compute, each of the output of the one before.
+
+    Args:
+        built: modules by what begins the global names of their parameters. Those that layers share are taken from
+            here, the others are built and added.
+    """
+    steps: list[Callable[[Tensor], Tensor]] = []
+    for layer in layers:
+        key = layer.tied_key or layer.name
+        if key not in built:
+            built[key] = layer.build()
+        steps.append(built[key] if layer.forward is None else partial(layer.forward, built[key]))
+    return steps
+
+
 class SingleStage(nn.Module):
     """All layers in one module; `named_parameters` yields global names."""
 
     def __init__(self, layers: Sequence[LayerDescription]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
-        self._steps: list[Callable[[Tensor], Tensor]] = []
         built: dict[str, nn.Module] = {}
-        for layer in layers:
-            key = layer.tied_key or layer.name
-            if key not in built:
-                built[key] = self._add(layer)
-            module = built[key]
-            self._steps.append(module if layer.forward is None else partial(layer.forward, module))
-
-    def _add(self, layer: LayerDescription) -> nn.Module:
-        module = layer.build()
-        if layer.name.startswith("blocks."):
-            self.blocks.append(module)
-        else:
-            self.add_module(layer.name, module)
-        return module
+        self._steps = build_steps(layers, built)
+        for name, module in built.items():
+            if name.startswith("blocks."):
+                self.blocks.append(module)
+            else:
+                self.add_module(name, module)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[batch, sequence] integers -> logits [batch, sequence, padded_vocab/tp]."""

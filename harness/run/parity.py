@@ -145,8 +145,15 @@ def random_weights(model: Model, seed: int) -> Tensors:
     return weights
 
 
+DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
+"""How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
+
+
 class Reference(TorchEngine):
-    """One rank of plain torch in float64, which also sees how much the gradients of samples cancel."""
+    """One rank of plain torch in float64, which also sees how much the gradients of samples cancel.
+
+    Its optimizer is not that of `harness.run.optimizer`: weight decay goes by the names of parameters.
+    """
 
     def __init__(self, config: RunConfig, weights: Tensors, learning_rates: Sequence[float]) -> None:
         # Rounded as the layout's are, then exact.
@@ -162,12 +169,25 @@ class Reference(TorchEngine):
         self.before_clipping: Tensors = {}
         self.observers.append(Before("optimizer", self._look_at_gradients))
 
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        train, named = self.config.train, dict(self.parameters())
+        if train.optimizer == "sgd":
+            return torch.optim.SGD(named.values())
+        groups = [
+            {"params": [p for n, p in named.items() if n.endswith(DECAYING)], "weight_decay": train.weight_decay},
+            {"params": [p for n, p in named.items() if not n.endswith(DECAYING)], "weight_decay": 0.0},
+        ]
+        first, second = train.adam_betas
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=(first, second), eps=train.adam_epsilon, foreach=False
+        )
+
     def instructions(self, num_micro_batches: int) -> list[Instruction]:
         """One micro-batch after the other, whatever the schedule that is judged says."""
         passes = [
             Instruction(kind, number) for number in range(num_micro_batches) for kind in ("load", "forward", "backward")
         ]
-        return [*passes, Instruction("optimizer")]
+        return [*passes, Instruction("optimizer"), Instruction("reduce_loss")]
 
     def backward(self, losses: Tensor) -> None:
         """Sample by sample, but for fp32, which keeps well within its tolerance without."""

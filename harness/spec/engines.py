@@ -22,6 +22,12 @@ class EngineKind:
     """Raises ConfigError for what the engine can't run."""
     splits_backward: bool = False
     """Whether it computes gradients of inputs and of weights one after the other, where a schedule asks for that."""
+    has_own_order: bool = False
+    """Whether stages of a pipeline take a library's order of passes for a schedule, and transfer without instructions."""
+
+
+TORCH_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_v", "dualpipev")
+"""Those of ours that torch.distributed.pipelining has, too."""
 
 
 def check_deepspeed(config: RunConfig) -> None:
@@ -40,25 +46,77 @@ def check_deepspeed(config: RunConfig) -> None:
 
 
 def check_torch(config: RunConfig) -> None:
-    """Refuse more than one rank, and what needs a master copy of the weights."""
+    """Refuse what torch.distributed.pipelining can't run."""
     parallel = config.parallel
-    if parallel.world_size > 1 or parallel.zero_stage > 0:
+    _check_plain(config, "one rank or a pipeline", ("pp",))
+    if parallel.schedule not in TORCH_SCHEDULES:
         raise ConfigError(
-            f"parallel.engine=torch runs one rank without ZeRO, not tp={parallel.tp} x pp={parallel.pp} x "
-            f"dp={parallel.dp} with zero_stage={parallel.zero_stage}; use parallel.engine=deepspeed"
+            f"parallel.schedule={parallel.schedule} is none of torch.distributed.pipelining's, which parallel.engine="
+            f"torch takes its order of passes from; use {', '.join(TORCH_SCHEDULES)}, or parallel.engine=deepspeed"
         )
+    if parallel.schedule == "1f1b" and config.num_micro_batches < parallel.pp:
+        raise ConfigError(
+            f"parallel.schedule=1f1b needs a micro-batch per stage under parallel.engine=torch, and "
+            f"{config.num_micro_batches} are fewer than parallel.pp={parallel.pp}; use more, or gpipe"
+        )
+
+
+def check_dtensor(config: RunConfig) -> None:
+    """Refuse what our model under DTensor can't run."""
+    model, tp = config.model, config.parallel.tp
+    _check_plain(config, "tensor parallelism", ("tp",))
+    if not model.architecture.computes:
+        raise ConfigError(
+            f"parallel.engine=dtensor has no blocks for model.family={model.family}; use parallel.engine=deepspeed"
+        )
+    if model.num_key_value_heads % tp:
+        raise ConfigError(
+            f"parallel.engine=dtensor can't share model.num_key_value_heads={model.num_key_value_heads} among "
+            f"parallel.tp={tp} ranks, as DTensor splits weights by whole heads only; use a tp that divides them, or "
+            "parallel.engine=deepspeed"
+        )
+    if model.dropout > 0:
+        raise ConfigError(
+            f"parallel.engine=dtensor draws no masks, but model.dropout={model.dropout:g}; use 0, or "
+            "parallel.engine=deepspeed"
+        )
+
+
+def check_ddp(config: RunConfig) -> None:
+    """Refuse what DistributedDataParallel can't run."""
+    _check_plain(config, "data parallelism", ("dp",))
+    if config.parallel.schedule != "1f1b":
+        raise ConfigError(
+            f"parallel.engine=ddp runs each micro-batch's backward pass before the next one's forward pass, not "
+            f"parallel.schedule={config.parallel.schedule}; use 1f1b"
+        )
+
+
+def _check_plain(config: RunConfig, what: str, axes: tuple[str, ...]) -> None:
+    """Refuse what none of torch's engines has: other axes, ZeRO, a master copy of the weights, DeepSpeed's settings."""
+    parallel, name = config.parallel, f"parallel.engine={config.parallel.engine}"
+    degrees = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "dp")}
+    if any(degree > 1 for axis, degree in degrees.items() if axis not in axes) or parallel.zero_stage > 0:
+        layout = " x ".join(f"{axis}={degree}" for axis, degree in degrees.items())
+        raise ConfigError(
+            f"{name} runs {what} without ZeRO, not {layout} with zero_stage={parallel.zero_stage}; use "
+            "parallel.engine=deepspeed"
+        )
+    if parallel.sequence_parallel:
+        raise ConfigError(f"{name} slices no sequence; use parallel.sequence_parallel=false or parallel.engine=deepspeed")
     if config.train.precision != "fp32":
         raise ConfigError(
-            f"parallel.engine=torch trains in fp32, not in train.precision={config.train.precision}; "
-            "use parallel.engine=deepspeed"
+            f"{name} trains in fp32, not in train.precision={config.train.precision}; use parallel.engine=deepspeed"
         )
     if config.deepspeed:
-        raise ConfigError("parallel.engine=torch reads no deepspeed.* settings; leave them out")
+        raise ConfigError(f"{name} reads no deepspeed.* settings; leave them out")
 
 
 ENGINES: dict[str, EngineKind] = {
     "deepspeed": EngineKind("harness.run.engines.deepspeed.engine", check_deepspeed, splits_backward=True),
-    "torch": EngineKind("harness.run.engines.torch.engine", check_torch),
+    "torch": EngineKind("harness.run.engines.torch.pipelining", check_torch, splits_backward=True, has_own_order=True),
+    "dtensor": EngineKind("harness.run.engines.torch.tensor_parallel", check_dtensor),
+    "ddp": EngineKind("harness.run.engines.torch.data_parallel", check_ddp),
 }
 
 

@@ -92,11 +92,11 @@ def build_bare(config: Any, rank: int) -> Any:
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-    from harness.model.assembly import describe_layers
+    from harness.model.assembly import describe_layers, part_boundaries
     from harness.model.groups import build_tensor_parallel
     from harness.model.loss import PipelineLoss
     from harness.model.weights import initialize
-    from harness.run.engines.deepspeed.pipeline import PartedPipeline, part_boundaries
+    from harness.run.engines.deepspeed.pipeline import PartedPipeline
     from harness.run.engines.deepspeed.settings import build_deepspeed_config
     from harness.run.optimizer import build_learning_rate, build_optimizer
     from harness.spec.partition import layers_per_part

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from harness.model.assembly import describe_layers
+from harness.model.assembly import describe_layers, part_boundaries
 from harness.model.collectives import all_reduce
 from harness.model.dropout import RandomStreams
 from harness.model.emulated import set_stage
@@ -30,7 +30,7 @@ from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
-from harness.run.engines.deepspeed.pipeline import PartedPipeline, part_boundaries
+from harness.run.engines.deepspeed.pipeline import PartedPipeline
 from harness.run.engines.deepspeed.scheduled import ScheduledEngine
 from harness.run.engines.deepspeed.settings import build_deepspeed_config, clips_by_itself
 from harness.run.engines.deepspeed.transfers import Channels

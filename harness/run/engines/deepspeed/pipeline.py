@@ -65,12 +65,3 @@ def _layer_spec(layer: LayerDescription) -> LayerSpec:
     if layer.tied_key is None:
         return LayerSpec(layer.module_class, *layer.args)
     return TiedLayerSpec(layer.tied_key, layer.module_class, *layer.args, forward_fn=layer.forward)
-
-
-def part_boundaries(layers: list[LayerDescription], blocks_per_part: list[int]) -> list[int]:
-    """Index of each part's first layer, and of the end: embeddings go first, norm and head last."""
-    first_block = next(i for i, layer in enumerate(layers) if layer.name.startswith("blocks."))
-    boundaries = [0]
-    for blocks in blocks_per_part[:-1]:
-        boundaries.append((boundaries[-1] or first_block) + blocks)
-    return [*boundaries, len(layers)]

@@ -1,18 +1,22 @@
-"""Training in plain torch on one rank: no parallelism, and none of the harness's loss, clipping or optimizer policy.
+"""Training in plain torch: the engine of one rank, and what torch's own kinds of parallelism share with it.
 
-Parity compares every layout with it, in float64; `parallel.engine=torch` trains with it, in fp32. What the layout under
-test takes from the harness is therefore done in another way here: the loss is `F.cross_entropy` over the valid targets
-that are counted in the batch, weight decay goes by the names of parameters, and clipping is torch's. (The order of a
-step is the schedule's; parity's reference has its own.)
+Parity compares every layout with one rank of it in float64 (`harness.run.parity.Reference`). What the layout under test
+takes from the harness is therefore done in another way here: the loss is `F.cross_entropy` over the valid targets that
+are counted in the batch, and clipping is torch's. (The order of a step is the schedule's; parity's reference has its
+own, and its own optimizer.)
+
+`pipelining.py`, `tensor_parallel.py` and `data_parallel.py` beside it are what users of torch would write instead of
+using this harness. They are there to be compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,30 +30,30 @@ from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.engine import Held, Observers, Progress, filling
-from harness.run.optimizer import learning_rate_factor
+from harness.run.optimizer import build_optimizer, learning_rate_factor
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
 from harness.spec.placement import Placement
 from harness.spec.schedules import Instruction, build_schedule, evaluation
 from harness.spec.topology import Topology
 
-IDLE = ("reduce_tied_gradients", "reduce_gradients")
-"""What one rank has nobody to do with."""
-DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
-"""How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
+E = TypeVar("E", bound="TorchEngine")
 
 
-def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase) -> TorchEngine:
-    """As `harness.run.engines.engine.build_engine`."""
+def build_as(
+    kind: type[E], config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase
+) -> E:
+    """As `harness.run.engines.engine.build_engine`, an engine of a kind, on this rank's device."""
     on_gpu = detect_machine().device_kind == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     peak = config.train.learning_rate
-    return TorchEngine(
+    return kind(
         config,
         lambda step: peak * learning_rate_factor(config.train, step),
         weights,
         device=device,
         phase=phase,
+        rank=rank,
     )
 
 
@@ -61,6 +65,7 @@ class TorchEngine:
         weights: full parameter by global name; None draws fresh ones.
         dtype: of parameters, optimizer and computation.
         phase: told what is done next, parameter by parameter.
+        rank: of those who train together.
     """
 
     def __init__(
@@ -71,8 +76,9 @@ class TorchEngine:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         phase: Phase = lambda _: None,
+        rank: int = 0,
     ) -> None:
-        self.config, self.device = config, device or torch.device("cpu")
+        self.config, self.dtype, self.device, self.rank = config, dtype, device or torch.device("cpu"), rank
         self.topology, self.tp = Topology(pp=1, dp=1, tp=1), TensorParallel.single()
         self.blocks_per_part = [config.model.num_hidden_layers]
         self.settings: dict[str, Any] | None = None
@@ -80,12 +86,9 @@ class TorchEngine:
         self.steps_taken = self.steps_skipped = 0
         self._learning_rates, self._num_scheduled = learning_rates, 0
         phase("building the model")
-        checkpointing = config.train.activation_checkpointing == "full"
         self.streams = RandomStreams(config.train.seed)
-        self.model = build_layers(config.model, self.tp, checkpointing, self.streams).to(self.device, dtype)
-        if isinstance(config.model, EmulatedModel):
-            set_stage(self.model, config.model, 0)
-        named = filling(self.model.named_parameters(), phase)
+        self.model = self._build_model()
+        named = filling(self.parameters(), phase)
         if weights is None:
             initialize(named, config.model, self.tp, config.train.seed)
         else:
@@ -93,19 +96,25 @@ class TorchEngine:
         phase("building the engine")
         self.optimizer = self._build_optimizer()
         self._norm: Tensor | None = None
+        self._batch: list[MicroBatch] = []
+        """Of the step: all its micro-batches on this rank."""
+        self._valid = 1.0
+        """What the sum of their losses is divided by."""
+        self._losses: dict[int, Tensor] = {}
+        """By micro-batch, [sample]: parts of the batch's loss, where backward passes begin."""
+        self._total = torch.zeros(())
+        """Their sum so far."""
+
+    def _build_model(self) -> nn.Module:
+        """With uninitialized weights."""
+        model, train = self.config.model, self.config.train
+        layers = build_layers(model, self.tp, train.activation_checkpointing == "full", self.streams)
+        if isinstance(model, EmulatedModel):
+            set_stage(layers, model, 0)
+        return layers.to(self.device, self.dtype)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        train, named = self.config.train, dict(self.model.named_parameters())
-        if train.optimizer == "sgd":
-            return torch.optim.SGD(named.values())
-        groups = [
-            {"params": [p for n, p in named.items() if n.endswith(DECAYING)], "weight_decay": train.weight_decay},
-            {"params": [p for n, p in named.items() if not n.endswith(DECAYING)], "weight_decay": 0.0},
-        ]
-        first, second = train.adam_betas
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=(first, second), eps=train.adam_epsilon, foreach=False
-        )
+        return build_optimizer(self.config.train, (parameter for _, parameter in self.parameters()))
 
     @property
     def optimizer_name(self) -> str:
@@ -114,15 +123,18 @@ class TorchEngine:
 
     @property
     def _num_micro_batches(self) -> int:
-        """Of all replicas."""
+        """That this rank takes: of all replicas."""
         return self.config.train.global_batch_size // self.config.train.micro_batch_size
+
+    # --- a step
 
     def train_step(self, data: Iterator[MicroBatch]) -> float:
         """Train on the next global batch; its loss."""
         self.model.train()
-        loss = self._execute(self.instructions(self._num_micro_batches), data)
+        self._begin()
+        self._execute(self.instructions(self._num_micro_batches), data)
         self.steps_taken += 1
-        return loss
+        return float(self._total)
 
     def instructions(self, num_micro_batches: int) -> list[Instruction]:
         """Of a step: those of the configured schedule for its only stage."""
@@ -132,48 +144,57 @@ class TorchEngine:
     def evaluate(self, data: Iterator[MicroBatch], num_micro_batches: int) -> float:
         """Loss of some micro-batches, without learning from them."""
         self.model.eval()
-        return self._execute(evaluation(Placement(1), num_micro_batches).stages[0], data)
+        self._begin()
+        passes = evaluation(Placement(1), num_micro_batches).stages[0]
+        self._execute([*passes, Instruction("reduce_loss")], data)
+        return float(self._total)
 
-    def _execute(self, instructions: list[Instruction], data: Iterator[MicroBatch]) -> float:
-        """Do what a schedule says; the loss of the batch, which the first `load` draws whole, to count its targets."""
-        batch: list[MicroBatch] = []
-        valid = 0
-        losses: dict[int, Tensor] = {}  # by micro-batch, [sample]: parts of the batch's loss
-        total = torch.zeros((), dtype=torch.float64)
+    def _begin(self) -> None:
+        self._batch, self._total = [], torch.zeros((), dtype=torch.float64, device=self.device)
 
-        def act(kind: str, number: int) -> None:
-            nonlocal valid, total
-            if kind == "load":
-                if not batch:
-                    batch.extend(next(data) for i in instructions if i.kind == "load")
-                    valid = sum(int((targets != IGNORE_INDEX).sum()) for _, (targets, _) in batch)
-                tokens, (targets, weight) = batch[number]
-                batch[number] = tokens.to(self.device), (targets.to(self.device), weight)
-            elif kind == "forward":
-                losses[number] = self._forward(number, batch[number]) / valid
-                total = total.to(self.device) + losses[number].sum().detach()
-            elif kind == "backward":
-                self.backward(losses.pop(number))
-            elif kind == "optimizer":
-                self._take_step()
-            elif kind == "reduce_loss":
-                total = total.cpu()  # waits for the device
-            elif kind not in IDLE:
-                raise ValueError(f"plain torch has no instruction {kind!r}")
-
+    def _execute(self, instructions: Sequence[Instruction], data: Iterator[MicroBatch]) -> None:
+        """Do what a schedule says; the first `load` draws the whole batch, to count its targets."""
+        num_micro_batches = sum(instruction.kind == "load" for instruction in instructions)
+        functions: dict[str, Callable[[int], Any]] = {
+            "load": lambda number: self._load(number, data, num_micro_batches),
+            "forward": self._forward,
+            "backward": lambda number: self.backward(self._losses.pop(number)),
+            "reduce_tied_gradients": lambda _: self._reduce_tied_gradients(),
+            "reduce_gradients": lambda _: self._reduce_gradients(),
+            "optimizer": lambda _: self._take_step(),
+            "reduce_loss": lambda _: self._reduce_loss(),
+        }
         for instruction in instructions:
-            self.observers.execute(instruction, partial(act, instruction.kind, instruction.micro_batch))
-        return float(total)
+            act = partial(functions[instruction.kind], instruction.micro_batch)
+            self.observers.execute(instruction, act)
 
-    def _forward(self, number: int, micro_batch: MicroBatch) -> Tensor:
-        """Sums of token losses, [sample]."""
-        tokens, (targets, _) = micro_batch
-        # Micro-batches are dealt out to the replicas in turns; only dropout cares which is where.
-        of_replica, self.streams.dp_rank = divmod(number, self.config.parallel.dp)
+    def _load(self, number: int, data: Iterator[MicroBatch], num_micro_batches: int) -> None:
+        if not self._batch:
+            self._batch = [next(data) for _ in range(num_micro_batches)]
+            self._valid = self._count_valid()
+        tokens, (targets, weight) = self._batch[number]
+        self._batch[number] = tokens.to(self.device), (targets.to(self.device), weight)
+
+    def _count_valid(self) -> float:
+        """Targets of the batch that the loss counts."""
+        return sum(int((targets != IGNORE_INDEX).sum()) for _, (targets, _) in self._batch)
+
+    def _forward(self, number: int) -> None:
+        tokens, (targets, _) = self._batch[number]
+        of_replica, self.streams.dp_rank = self._place(number)
         self.streams.forward_pass = (self.steps_taken, of_replica)
-        logits = self.model(tokens)[..., : self.config.model.vocab_size]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-        return losses.view(len(tokens), -1).sum(dim=1)
+        losses = self.losses(tokens, targets) / self._valid
+        self._total += losses.sum().detach()
+        if torch.is_grad_enabled():
+            self._losses[number] = losses
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """Number and replica of a micro-batch, by which dropout draws."""
+        return divmod(number, self.config.parallel.dp)  # they are dealt out to the replicas in turns
+
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Sums of token losses of a micro-batch, [sample] or [1]."""
+        return cross_entropy(self.model(tokens)[..., : self.config.model.vocab_size], targets)
 
     def backward(self, losses: Tensor) -> None:
         """Add to the gradients.
@@ -183,16 +204,30 @@ class TorchEngine:
         """
         torch.autograd.backward(losses.sum())
 
+    def _reduce_tied_gradients(self) -> None:
+        """Of weights that two ranks hold; one rank has none."""
+
+    def _reduce_gradients(self) -> None:
+        """Of ranks that have seen different samples; one rank has nobody to do it with."""
+
+    def _reduce_loss(self) -> None:
+        """Wait for the device, and for those whose losses add up to that of the batch."""
+        self._total = self._total.cpu()
+
     def _take_step(self) -> None:
-        parameters = list(self.model.parameters())
-        self._norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = [parameter for _, parameter in self.parameters()]
+        self._norm = self._gradient_norm()
         if self.config.train.gradient_clipping > 0:
-            torch.nn.utils.clip_grad_norm_(parameters, self.config.train.gradient_clipping)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.train.gradient_clipping, self._norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._num_scheduled += 1
+
+    def _gradient_norm(self) -> Tensor:
+        """Of the whole gradient."""
+        return torch.nn.utils.get_total_norm(gradients_of(self.parameters()))
 
     def learning_rate(self) -> float:
         """Of the next step."""
@@ -202,8 +237,10 @@ class TorchEngine:
         """Norm of the last step's gradient before clipping."""
         return None if self._norm is None else float(self._norm)
 
+    # --- what this rank holds
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters by name."""
+        """This rank's by name."""
         return self.model.named_parameters()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -235,3 +272,26 @@ class TorchEngine:
 
     def destroy(self) -> None:
         """There are no process groups; memory goes with the last reference."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sums of token losses, [sample].
+
+    Args:
+        logits: [batch, sequence, vocabulary].
+        targets: [batch, sequence]; `IGNORE_INDEX` where a token is not learned from.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view(len(targets), -1).sum(dim=1)
+
+
+def gradients_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
+    """The gradients there are."""
+    return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
+
+
+def norm_over_ranks(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """2-norm of gradients of which each number is given by one of all ranks; equal on all, a collective call."""
+    squared = torch.nn.utils.get_total_norm(gradients).square().to(device)
+    dist.all_reduce(squared)
+    return squared.sqrt()
