@@ -106,6 +106,30 @@ def shared_masks_rows() -> list[Row]:
     return [((2, 1, 1), overrides_of((2, 1, 1), [["model.dropout=0.2"]], 1))]
 
 
+def engine_rows() -> list[Row]:
+    """torch's own pipelines, tensor and data parallelism, with the options that each has to do something for."""
+    tied, llama = ["model=gpt2_tiny", "model.vocab_size=67"], ["model=llama_tiny", "model.num_key_value_heads=2"]
+    full, masks = ["train.activation_checkpointing=full"], ["model.dropout=0.2"]
+    rows = []
+    for pp, model, schedule, others in [
+        (2, tied, "gpipe", [masks, ["train.gradient_clipping=0"]]),
+        (2, llama, "1f1b", [full, ["parallel.partition=[2,1]"]]),
+        (2, tied, "interleaved", [masks, full, ["parallel.partition=[1,2,1,1]"]]),
+        (2, tied, "zb_v", [masks]),
+        (2, llama, "dualpipev", []),
+        (4, tied, "1f1b", [masks]),
+        (4, tied, "zb_v", []),
+    ]:
+        own = ["parallel.engine=torch", f"parallel.schedule={schedule}", f"train.global_batch_size={pp * 4}"]
+        blocks = [f"model.num_hidden_layers={pp * 2 + 1}"] if SCHEDULES[schedule].num_chunks > 1 else []
+        rows.append(((1, pp, 1), [*overrides_of((1, pp, 1), [model, *others], 2), *own, *blocks]))
+    for tp, others in [(2, [tied, full]), (2, [llama]), (4, [tied, ["model.tie_word_embeddings=false"]])]:
+        rows.append(((tp, 1, 1), overrides_of((tp, 1, 1), [["parallel.engine=dtensor"], *others], 2)))
+    for dp, others in [(2, [tied, masks]), (4, [llama, full])]:
+        rows.append(((1, 1, dp), overrides_of((1, 1, dp), [["parallel.engine=ddp"], *others], 2)))
+    return rows
+
+
 SCHEDULE_OPTIONS: dict[str, list[list[str]]] = {
     "model": OPTIONS["model"],
     "precision": OPTIONS["precision"],
@@ -164,7 +188,7 @@ def overrides_of(layout: tuple[int, int, int], choices: list[list[str]], micro_b
 
 PARTS: dict[str, tuple[Callable[[], list[Row]], ...]] = {
     "pairs": (paired_rows,),
-    "others": (plain_rows, fp16_rows, emulated_rows, shared_masks_rows),
+    "others": (plain_rows, fp16_rows, emulated_rows, shared_masks_rows, engine_rows),
     "schedules": (schedule_rows,),
 }
 PARTS["all"] = PARTS["pairs"] + PARTS["others"]

@@ -203,8 +203,10 @@ class TensorParallelEngine(TorchEngine):
     def _reduce_gradients(self) -> None:
         """Hand the gradients to the plain tensors that the optimizer works on."""
         for name, parameter in self.model.named_parameters():
-            if isinstance(parameter.grad, DTensor):
-                self._inner[name].grad = parameter.grad.to_local()
+            if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+                # DTensor computes that of an embedding whole on every rank.
+                own = parameter.grad.redistribute(placements=parameter.placements)
+                self._inner[name].grad = own.to_local()
 
     def _take_step(self) -> None:
         super()._take_step()
