@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from harness.analyse.executed import executed
 from harness.analyse.explain import BubbleExplanation, explain
 from harness.record.store import Attempt, read_jsonl
 from harness.spans.accounting import PARTS, Accounting, account
 from harness.spans.files import SpanFile, aligned, read_spans
 from harness.spans.span import Bubble, activity, as_dict, bubble_of_step, median_bubble
 from harness.spec.config import RunConfig
+from harness.spec.engines import engine_kind
 from harness.spec.schedules import Schedule, schedule_of
 from harness.spec.topology import Topology
 
@@ -42,8 +44,13 @@ class RunSpans:
 
     @property
     def schedule(self) -> Schedule:
-        """What the ranks executed."""
+        """What the ranks executed, unless they have an order of their own."""
         return schedule_of(self.config)
+
+    @property
+    def has_own_order(self) -> bool:
+        """Whether a library said what they execute; then spans tell what it was."""
+        return self.config.parallel.pp > 1 and engine_kind(self.config.parallel.engine).has_own_order
 
     @property
     def topology(self) -> Topology:
@@ -91,11 +98,13 @@ def breakdown(run: RunSpans, bubbles: Sequence[Bubble] | None = None) -> dict[st
     steps = _spread(run.timed_steps, MOST_STEPS)
     accounts: list[list[Accounting]] = [[] for _ in range(run.config.parallel.pp)]
     explanations: list[BubbleExplanation] = []
-    schedule = run.schedule
     for line in run.lines():
         seconds = [file.step_seconds() for file in line]
         for step in steps:
-            stages = [file.instructions(step) for file in line]
+            if run.has_own_order:
+                stages, schedule = executed(line, step, run.schedule)
+            else:
+                stages, schedule = [file.instructions(step) for file in line], run.schedule
             whole = [of_step[step] for of_step in seconds]
             for stage, accounting in enumerate(account(stages, schedule.stages, whole, WAITING_KINDS)):
                 accounts[stage].append(accounting)
