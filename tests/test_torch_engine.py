@@ -1,7 +1,8 @@
-"""Plain torch behind the protocol of engines: it trains as DeepSpeed's does, and they take over from each other."""
+"""torch's own engines behind the protocol: they train as DeepSpeed's does, and all take over from each other."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,82 @@ def test_its_steps_are_measured_like_any(curves: dict[str, list[dict[str, Any]]]
     assert not (folder / "torch" / "ds_config.json").exists()
 
 
+# --- two ranks
+
+LAYOUTS = {
+    "deepspeed": ["parallel.pp=2"],
+    "torch": ["parallel.engine=torch", "parallel.pp=2", "parallel.schedule=zb_v"],
+    "dtensor": ["parallel.engine=dtensor", "parallel.tp=2"],
+    "ddp": ["parallel.engine=ddp", "parallel.dp=2"],
+}
+SUCCESSORS = {"deepspeed": "torch", "torch": "dtensor", "dtensor": "ddp", "ddp": "deepspeed"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two_ranks")
+
+
+@pytest.fixture(scope="module")
+def parallel(two_ranks: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of metrics.jsonl by run, from one launch; each engine goes on where another stood."""
+    common = [*COMMON, "model.dropout=0", "model.num_hidden_layers=4", "train.gradient_clipping=0.5"]
+    runs = {engine: [*common, *layout, "train.checkpoint_interval=3"] for engine, layout in LAYOUTS.items()}
+    for engine, successor in SUCCESSORS.items():
+        checkpoint = directory_of(two_ranks / engine / "checkpoints", 3)
+        runs[f"after {engine}"] = [*common, *LAYOUTS[successor], f"train.resume={checkpoint}"]
+    lines = run_ranks(2, "ranks_train", {"runs": list(runs.items())}, two_ranks)
+    return dict(zip(runs, lines, strict=True))
+
+
+@pytest.mark.parametrize("run", [*list(LAYOUTS)[1:], *(f"after {engine}" for engine in SUCCESSORS)])
+def test_parallel_engines_train_alike(parallel: dict[str, list[dict[str, Any]]], run: str) -> None:
+    steps = {line["step"]: line for line in parallel["deepspeed"]}
+    assert [line["step"] for line in parallel[run]] == ([4, 5, 6] if run.startswith("after") else [1, 2, 3, 4, 5, 6])
+    for key in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss"):
+        found = {line["step"]: line[key] for line in parallel[run] if line.get(key) is not None}
+        assert found == pytest.approx({step: steps[step][key] for step in found}, rel=1e-4)
+        assert 6 in found
+
+
+@pytest.mark.parametrize("engine", [*LAYOUTS])
+def test_where_their_time_goes_is_known(
+    parallel: dict[str, list[dict[str, Any]]], two_ranks: Path, engine: str
+) -> None:
+    assert parallel[engine]
+    result = read_json(two_ranks / engine / "result.json")
+    assert result is not None
+    assert (result["missing"], result["lost"]) == ([], [])
+    for stage in result["accounting"]:
+        assert stage["num_missing"] == 0
+        assert abs(stage["residual_seconds"]) < max(0.01 * stage["step_seconds"], 1e-3)
+    assert result["bubble"]["measured"]["fraction"] == result["row"]["bubble_fraction_measured"]
+
+
+# --- refusals
+
+
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("engine", "overrides", "words"),
     [
-        (["parallel.pp=2"], "runs one rank without ZeRO, not tp=1 x pp=2 x dp=1"),
-        (["train.precision=bf16"], "trains in fp32, not in train.precision=bf16"),
-        (["deepspeed.csv_monitor.enabled=true"], "reads no deepspeed.* settings"),
+        ("torch", "parallel.tp=2", "runs one rank or a pipeline without ZeRO, not tp=2 x pp=1 x dp=1"),
+        ("torch", "parallel.dp=2", "runs one rank or a pipeline without ZeRO, not tp=1 x pp=1 x dp=2"),
+        ("torch", "parallel.pp=2 parallel.zero_stage=1", "pp=2 x dp=1 with zero_stage=1; use"),
+        ("torch", "parallel.pp=2 parallel.schedule=zb_h1", "none of torch.distributed.pipelining's"),
+        ("torch", "parallel.pp=2 parallel.schedule=zb_auto", "use gpipe, 1f1b, interleaved, zb_v, dualpipev, or"),
+        ("torch", "parallel.pp=2 train.global_batch_size=1", "1 are fewer than parallel.pp=2; use more, or gpipe"),
+        ("torch", "train.precision=bf16", "trains in fp32, not in train.precision=bf16"),
+        ("torch", "deepspeed.csv_monitor.enabled=true", "reads no deepspeed.* settings"),
+        ("dtensor", "parallel.pp=2", "parallel.engine=dtensor runs tensor parallelism without ZeRO, not tp=1 x pp=2"),
+        ("dtensor", "parallel.tp=2 parallel.sequence_parallel=true", "parallel.engine=dtensor slices no sequence"),
+        ("dtensor", "parallel.tp=4 model=llama_tiny model.num_key_value_heads=2", "use a tp that divides them"),
+        ("dtensor", "parallel.tp=2 model.dropout=0.1", "draws no masks, but model.dropout=0.1; use 0"),
+        ("dtensor", "parallel.tp=2 model=emulated", "has no blocks for model.family=emulated"),
+        ("dtensor", "parallel.schedule=zb_h1", "splits backward passes, which parallel.engine=dtensor can't"),
+        ("ddp", "parallel.tp=2", "parallel.engine=ddp runs data parallelism without ZeRO, not tp=2"),
+        ("ddp", "parallel.dp=2 parallel.schedule=gpipe", "not parallel.schedule=gpipe; use 1f1b"),
     ],
 )
-def test_what_it_can_not_run_is_refused(overrides: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words.replace(".", r"\.").replace("*", r"\*")):
-        make_config("parallel.engine=torch", *overrides)
+def test_what_they_can_not_run_is_refused(engine: str, overrides: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_config(f"parallel.engine={engine}", *overrides.split())

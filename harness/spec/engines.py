@@ -23,7 +23,7 @@ class EngineKind:
     splits_backward: bool = False
     """Whether it computes gradients of inputs and of weights one after the other, where a schedule asks for that."""
     has_own_order: bool = False
-    """Whether stages of a pipeline take a library's order of passes for a schedule, and transfer without instructions."""
+    """Whether stages of a pipeline take a library's order of passes for a schedule, and its transfers."""
 
 
 TORCH_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_v", "dualpipev")
@@ -103,7 +103,9 @@ def _check_plain(config: RunConfig, what: str, axes: tuple[str, ...]) -> None:
             "parallel.engine=deepspeed"
         )
     if parallel.sequence_parallel:
-        raise ConfigError(f"{name} slices no sequence; use parallel.sequence_parallel=false or parallel.engine=deepspeed")
+        raise ConfigError(
+            f"{name} slices no sequence; use parallel.sequence_parallel=false or parallel.engine=deepspeed"
+        )
     if config.train.precision != "fp32":
         raise ConfigError(
             f"{name} trains in fp32, not in train.precision={config.train.precision}; use parallel.engine=deepspeed"

@@ -27,6 +27,7 @@ class DataParallelEngine(TorchEngine):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.topology = self.config.parallel.topology
+        # A static graph can't be combined with `no_sync`. Other sizes of buckets (5 to 200 MB) took as long.
         self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     @property

@@ -40,9 +40,7 @@ from harness.spec.topology import Topology
 E = TypeVar("E", bound="TorchEngine")
 
 
-def build_as(
-    kind: type[E], config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase
-) -> E:
+def build_as(kind: type[E], config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase) -> E:
     """As `harness.run.engines.engine.build_engine`, an engine of a kind, on this rank's device."""
     on_gpu = detect_machine().device_kind == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

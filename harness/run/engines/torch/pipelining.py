@@ -192,7 +192,7 @@ class PipelinedEngine(TorchEngine):
         return float(self._total)
 
     def _whole_batch(self, data: Iterator[MicroBatch], num_micro_batches: int) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens and targets as a schedule takes them, those that this stage needs: [micro-batches x batch, sequence]."""
+        """Tokens and targets, those of them that this stage needs: [micro-batches x batch, sequence]."""
         self._begin()
         if self._first_chunk is None and self._last_chunk is None:
             return None, None
@@ -217,7 +217,7 @@ class PipelinedEngine(TorchEngine):
         for chunk, part in enumerate(self._placement.parts_of(self.rank)):
             if part == 0:
                 assert tokens is not None
-                hidden = list(tokens.split(size))
+                hidden = list(torch.split(tokens, size))
             elif (before := self._placement.stage_of(part - 1)) != self.rank:
                 hidden = [self._received(before) for _ in range(num_micro_batches)]
             for number, given in enumerate(hidden):

@@ -1,13 +1,17 @@
 """Tensor parallelism as torch has it: a model of plain modules that DTensor splits, to compare with.
 
-The model is of the same shape as the harness's and written as users of `parallelize_module` would who want it fast:
+The model is of the same shape as the harness's and written as users of `parallelize_module` would who want it fast.
+As it stands it reduces no more often than the harness does: per micro-batch four times in each block, once for the
+embedding, once before the head, and three numbers per token in the loss.
 
 - What the harness fuses (query, key and value; gate and up) is one `nn.Linear` here, too. DTensor gives each rank a
-  run of its rows, so they lie in the order of ranks: a rank's is its query, key and value, one below the other.
-- Only matrices are DTensors. Activations are plain tensors between the projections, as are the parameters that every
-  rank holds whole, whose gradients are whole, too.
+  run of its rows, so they lie in the order of ranks: a rank's is its query, key and value, one below the other. On two
+  cores (8 layers of width 512, tp=2) a step with three projections instead took 1.10 times as long, as each of them
+  reduces the gradient of its input, and 1.02 times with a `PrepareModuleInput` that shares the input between them.
+- Only matrices and their biases are DTensors, whose dispatch costs some hundred microseconds an operation. Activations
+  are plain tensors between the projections, as are the parameters that every rank holds whole.
 - The loss stays split over the vocabulary (`loss_parallel`).
-- The optimizer works on the plain tensors inside of the DTensors.
+- The optimizer works on the plain tensors inside of the DTensors, all of them in one fused operation.
 """
 
 from __future__ import annotations
@@ -75,9 +79,7 @@ class Attention(nn.Module):
         )
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=self.causal, enable_gqa=self.grouped
-        )
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=self.grouped)
         output: Tensor = self.output(context.transpose(1, 2).flatten(-2))
         return output
 
