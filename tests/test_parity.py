@@ -123,6 +123,8 @@ def engine_rows() -> list[Row]:
         own = ["parallel.engine=torch", f"parallel.schedule={schedule}", f"train.global_batch_size={pp * 4}"]
         blocks = [f"model.num_hidden_layers={pp * 2 + 1}"] if SCHEDULES[schedule].num_chunks > 1 else []
         rows.append(((1, pp, 1), [*overrides_of((1, pp, 1), [model, *others], 2), *own, *blocks]))
+    waits = ["model=emulated", "model.forward_seconds=0", "model.backward_seconds=0", "model.stage_factors=[1,2]"]
+    rows.append(((1, 2, 1), overrides_of((1, 2, 1), [waits, ["parallel.engine=torch"]], 1)))
     for tp, others in [(2, [tied, full]), (2, [llama]), (4, [tied, ["model.tie_word_embeddings=false"]])]:
         rows.append(((tp, 1, 1), overrides_of((tp, 1, 1), [["parallel.engine=dtensor"], *others], 2)))
     for dp, others in [(2, [tied, masks]), (4, [llama, full])]:

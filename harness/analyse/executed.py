@@ -26,9 +26,7 @@ def executed(line: Sequence[SpanFile], step: int, schedule: Schedule) -> tuple[l
     return [[span for _, span in stage] for stage in stages], replace(schedule, stages=orders)
 
 
-def _with_transfers(
-    file: SpanFile, step: int, placement: Placement, stage: int
-) -> Iterator[tuple[Instruction, Span]]:
+def _with_transfers(file: SpanFile, step: int, placement: Placement, stage: int) -> Iterator[tuple[Instruction, Span]]:
     ended_ns = next(span.start_ns for span in file.spans if span.kind == STEP and span.step == step)
     for span in file.instructions(step):
         own = Instruction(span.kind, span.micro_batch, span.chunk)

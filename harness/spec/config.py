@@ -137,7 +137,9 @@ class Parallel(Section):
     sequence_parallel: bool
     """Between attention and feed-forward layers each tensor-parallel rank holds 1/tp of the sequence."""
     engine: str = "deepspeed"
-    """What trains, an entry of `harness.spec.engines`; torch: plain torch on one rank."""
+    """What trains, an entry of `harness.spec.engines`. Others are torch's own, in fp32, to compare with:
+    torch: plain torch on one rank, or torch.distributed.pipelining's schedules; dtensor: a model that is split by
+    parallelize_module; ddp: DistributedDataParallel."""
     num_chunks: PositiveInt = 1
     """Parts of the model on each stage (`null` in the configuration: 1, or 2 with interleaved, zb_v and dualpipev)."""
     schedule_memory: PositiveFloat | None = None

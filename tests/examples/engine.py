@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from harness.errors import ConfigError
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.torch.engine import TorchEngine
@@ -27,4 +28,11 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
     return CountingEngine(config, lambda step: config.train.learning_rate, weights, phase=phase)
 
 
-ENGINE = EngineKind(module=__name__, check=check_torch)
+def check(config: RunConfig) -> None:
+    """Refuse several ranks, and what no engine of torch's has."""
+    check_torch(config)
+    if config.parallel.pp > 1:
+        raise ConfigError(f"parallel.engine=counting runs one rank, not parallel.pp={config.parallel.pp}; use pp 1")
+
+
+ENGINE = EngineKind(module=__name__, check=check)
