@@ -27,6 +27,7 @@ from harness.record.diagnose import Outcome
 from harness.record.sources import MeasuredRun
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
 from harness.spec.config import RunConfig
+from harness.spec.engines import ENGINES
 
 
 class TestExpand:
@@ -142,6 +143,29 @@ def test_a_grid_with_corners_that_fail(tmp_path: Path, ranks: Ranks, capsys: pyt
     assert "[2/3] tp1_pp2_dp1_mbs1" in output
     assert "1 left" in output
     assert not list(tmp_path.glob("grid/wandb"))
+
+
+def test_engines_stand_beside_each_other(tmp_path: Path, ranks: Ranks) -> None:
+    passed: dict[str, object] = {"parity": "pass", "parity_max_error": 1e-7, "comparisons": []}
+    ranks.parity = {f"tp1_pp{pp}_dp1_mbs1": passed for pp in (1, 2)}
+    points = [f"parallel.engine={engine} parallel.pp={pp}" for engine in ENGINES for pp in (1, 2)]
+    measured = measure(tmp_path, points, "sweep.verify=true")
+    assert [point.status for point in measured] == ["ok"] * 5 + ["invalid", "ok", "invalid"]
+    assert len(ranks.started) == 2 * 6  # each is checked, then measured
+    with (tmp_path / "grid" / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    ran = sorted((row["engine"], row["pp"]) for row in table if row["status"] == "ok")
+    assert ran == [
+        ("ddp", "1"),
+        ("deepspeed", "1"),
+        ("deepspeed", "2"),
+        ("dtensor", "1"),
+        ("torch", "1"),
+        ("torch", "2"),
+    ]
+    assert all("use parallel.engine=deepspeed" in row["reason"] for row in table if row["status"] == "invalid")
+    shown = (tmp_path / "grid" / "results.md").read_text()
+    assert all(f"| {engine} |" in shown for engine in ENGINES)
 
 
 def test_the_command_repeats_the_point(tmp_path: Path, ranks: Ranks) -> None:
