@@ -30,6 +30,7 @@ from harness.model.layers import (
 from harness.model.loss import PipelineLoss, vocab_parallel_cross_entropy
 from harness.model.weights import load_full, shard
 from harness.plan.memory import block_activation_bytes_per_token
+from harness.run.shared_memory import BACKEND, register_backend
 from harness.spec.config import Model
 from harness.spec.parameters import ParameterSpec, parameter_table
 from harness.spec.topology import Topology
@@ -311,7 +312,7 @@ def whole_model(name: str, checkpointing: bool, tp: TensorParallel) -> Iterator[
     assert tp.group is not None
     for key, spec in table.items():
         if spec.shard_dim is None:  # equal bit by bit, or ranks drift apart
-            for other in collectives.all_gather(grad(parameters[key]), tp.group):
+            for other in collectives.all_gather(grad(parameters[key]), tp.group).wait():
                 assert torch.equal(other, grad(parameters[key])), f"{key} differs between ranks"
 
 
@@ -347,7 +348,7 @@ def dropout(tp: TensorParallel) -> Iterator[Comparison]:
         if place.group is not None and not tp.sequence_parallel:
             for key, spec in parameter_table(model).items():
                 if spec.shard_dim is None:
-                    copies = collectives.all_gather(grad(layers.get_parameter(key)), place.group)
+                    copies = collectives.all_gather(grad(layers.get_parameter(key)), place.group).wait()
                     assert all(torch.equal(copy, copies[0]) for copy in copies), f"{key} differs between ranks"
         losses = []
         with torch.no_grad():
@@ -432,7 +433,8 @@ def run(tp_sizes: list[int], folder: Path) -> None:
     """One rank: every check in every size; writes {(check, tp): {what: error} or traceback} to `folder`."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)  # rounding hides no mistake, whatever kernels a processor has
-    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=5))
+    register_backend()
+    dist.init_process_group(BACKEND, timeout=datetime.timedelta(minutes=5))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results: dict[tuple[str, int], dict[str, float] | str] = {}
     try:

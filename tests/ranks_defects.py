@@ -46,7 +46,9 @@ def none(patch: pytest.MonkeyPatch) -> None:
 
 @defect
 def f_does_not_reduce(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(layers, "copy_to_tensor_parallel", lambda tensor, group: tensor)
+    patch.setattr(
+        layers, "copied_linear", lambda hidden, weight, bias, group, later: layers.linear(hidden, weight, bias, later)
+    )
 
 
 @defect
@@ -91,26 +93,26 @@ def tied_copies_not_reduced(patch: pytest.MonkeyPatch) -> None:
 
 @defect
 def gradient_scaled_by_m(patch: pytest.MonkeyPatch) -> None:
-    right = PipelineEngine._exec_reduce_grads
+    right = scheduled.ScheduledEngine._reduce_gradients
 
-    def scaled(engine: PipelineEngine) -> None:
+    def scaled(engine: scheduled.ScheduledEngine) -> None:
         right(engine)
         for parameter in engine.module.parameters():
             parameter.grad *= engine.micro_batches
 
-    patch.setattr(PipelineEngine, "_exec_reduce_grads", scaled)
+    patch.setattr(scheduled.ScheduledEngine, "_reduce_gradients", scaled)
 
 
 @defect
 def one_gradient_off_by_a_thousandth(patch: pytest.MonkeyPatch) -> None:
-    right = PipelineEngine._exec_reduce_grads
+    right = scheduled.ScheduledEngine._reduce_gradients
 
-    def scaled(engine: PipelineEngine) -> None:
+    def scaled(engine: scheduled.ScheduledEngine) -> None:
         right(engine)
         largest = max(engine.module.parameters(), key=lambda parameter: float(parameter.grad.norm()))
         largest.grad *= 1.001
 
-    patch.setattr(PipelineEngine, "_exec_reduce_grads", scaled)
+    patch.setattr(scheduled.ScheduledEngine, "_reduce_gradients", scaled)
 
 
 @defect

@@ -44,6 +44,7 @@ OPTIONS: dict[str, list[list[str]]] = {
     "kv_heads": [[f"model.num_key_value_heads={heads}"] for heads in (4, 2, 1)],  # fewer than tp, too
     "clipping": [["train.gradient_clipping=0"], ["train.gradient_clipping=0.3"]],  # norms are about 1
     "dropout": [["model.dropout=0.0"], ["model.dropout=0.2"]],
+    "transport": [["parallel.shared_memory=true"], ["parallel.shared_memory=false"]],
 }
 BLOCKS = {1: 3, 2: 3, 4: 5}
 """By pp: no even share."""

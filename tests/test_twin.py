@@ -32,7 +32,7 @@ FIELDS = {
     "parallel": {
         "tp": KEPT, "pp": KEPT, "dp": KEPT, "schedule": KEPT, "partition": SIZE, "zero_stage": KEPT,
         "sequence_parallel": KEPT, "engine": KEPT, "num_chunks": KEPT,
-        "schedule_memory": KEPT, "schedule_passes": KEPT, "schedule_seconds": KEPT,
+        "schedule_memory": KEPT, "schedule_passes": KEPT, "schedule_seconds": KEPT, "shared_memory": KEPT,
     },
     "train": {
         "micro_batch_size": SIZE, "global_batch_size": SIZE, "sequence_length": SIZE, "steps": KEPT,

@@ -4,13 +4,13 @@ f and g are conjugate (arXiv 1909.08053): f copies forward and sums gradients ba
 copies gradients backward. Sequence parallelism (arXiv 2205.05198) moves as much with a slice on each rank:
 f becomes a gather forward and a reduce-scatter backward, g a reduce-scatter forward and a gather backward.
 
-Each function takes a group, and f, g and `gather_last_dim` do nothing where that is None. All traffic goes through
+Each function takes a group, and g and `gather_last_dim` do nothing where that is None. All traffic goes through
 `all_reduce`, `all_gather` and `reduce_scatter`, one place to measure it or to replace it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,41 +24,61 @@ SEQUENCE = -2
 """The dimension that sequence parallelism slices: [batch, sequence, hidden]."""
 
 
-def all_reduce(tensor: Tensor, group: Group) -> None:
-    """Sum a contiguous tensor over the ranks of `group`, in place."""
-    with group.parts.part("tp_all_reduce"):
-        dist.all_reduce(tensor, group=group.process_group)
+class Collective(NamedTuple):
+    """A collective that was begun, of a kind of `harness.spans.span.NESTED_KINDS`."""
+
+    kind: str
+    group: Group
+    work: dist.Work | None
+    """None: it is done."""
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        """Its result."""
+        if self.work is not None:
+            with self.group.parts.part(self.kind):
+                self.work.wait()
+        return self.tensor
 
 
-def all_gather(tensor: Tensor, group: Group) -> Tensor:
-    """The tensors of all ranks of `group`, in the order of ranks and all of one shape: [...] -> [ranks, ...]."""
-    gathered = tensor.new_empty((group.size, *tensor.shape))
-    with group.parts.part("tp_all_gather"):
-        dist.all_gather_single(gathered.view(-1), tensor.reshape(-1), group=group.process_group)
-    return gathered
+def all_reduce(tensor: Tensor, group: Group, overlap: bool = False) -> Collective:
+    """Sum a contiguous tensor over the ranks of `group`, in place.
 
-
-def reduce_scatter(chunks: Tensor, group: Group) -> Tensor:
-    """The sum over ranks of this rank's chunk: [ranks, ...], contiguous -> [...]."""
-    ranks = group.process_group
-    if dist.get_backend(ranks) == "gloo":  # makes an all-reduce of a reduce-scatter, in twice the time of this
-        received = torch.empty_like(chunks)
-        with group.parts.part("tp_reduce_scatter"):
-            dist.all_to_all_single(received, chunks, group=ranks)
-        return received.sum(dim=0)
-    own = torch.empty_like(chunks[0])
-    with group.parts.part("tp_reduce_scatter"):
-        dist.reduce_scatter_single(own.view(-1), chunks.view(-1), group=ranks)
-    return own
-
-
-def copy_to_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
-    """Megatron's f: identity forward, all-reduce of the gradient backward.
-
-    The gradient is reduced in place, so feed the result to one matrix product and nothing else: its
-    backward makes a fresh gradient, while additions and views hand on one that others hold too.
+    Args:
+        overlap: begin only; it goes on beside what is computed until the caller waits.
     """
-    return tensor if group is None else _Copy.apply(tensor, group)  # type: ignore[no-untyped-call]
+    with group.parts.part("tp_all_reduce"):
+        work = dist.all_reduce(tensor, group=group.process_group, async_op=overlap)
+    return Collective("tp_all_reduce", group, work, tensor)
+
+
+def all_gather(tensor: Tensor, group: Group, overlap: bool = False) -> Collective:
+    """The tensors of all ranks of `group`, in the order of ranks and all of one shape: [...] -> [ranks, ...]."""
+    gathered, ranks = tensor.new_empty((group.size, *tensor.shape)), group.process_group
+    with group.parts.part("tp_all_gather"):
+        work = dist.all_gather_single(gathered.view(-1), tensor.reshape(-1), group=ranks, async_op=overlap)
+    return Collective("tp_all_gather", group, work, gathered)
+
+
+def reduce_scatter(chunks: Tensor, group: Group, overlap: bool = False) -> Collective:
+    """The sum over ranks of this rank's chunk: [ranks, ...], contiguous -> [...]."""
+    own, ranks = torch.empty_like(chunks[0]), group.process_group
+    with group.parts.part("tp_reduce_scatter"):
+        work = dist.reduce_scatter_single(own.view(-1), chunks.view(-1), group=ranks, async_op=overlap)
+    return Collective("tp_reduce_scatter", group, work, own)
+
+
+def copied_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
+) -> Tensor:
+    """Megatron's f and the product it feeds: [..., in] -> [..., out].
+
+    f is the identity forward, and the all-reduce of the gradient backward, which goes on beside the weight's.
+
+    Args:
+        later: takes the gradients of weight and bias; None: backward computes them at once.
+    """
+    return _CopiedLinear.apply(hidden, weight, bias, group, later)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def reduce_from_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
@@ -100,26 +120,39 @@ def scatter_sum(tensor: Tensor, group: Group) -> Tensor:
 
 def _gather(tensor: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate dimension `dim` (negative) over ranks."""
-    return all_gather(tensor, group).movedim(0, dim - 1).flatten(dim - 1, dim)
+    return _concatenated(all_gather(tensor, group).wait(), dim)
 
 
-def _scatter_sum(tensor: Tensor, dim: int, group: Group) -> Tensor:
+def _concatenated(gathered: Tensor, dim: int) -> Tensor:
+    """[ranks, ...] -> [...], the ranks' parts of dimension `dim` (negative) one after the other."""
+    return gathered.movedim(0, dim - 1).flatten(dim - 1, dim)
+
+
+def _scatter_sum(tensor: Tensor, dim: int, group: Group, overlap: bool = False) -> Collective:
     """Sum over ranks, of which each keeps its slice of dimension `dim` (negative)."""
     chunks = torch.unflatten(tensor, dim, (group.size, -1)).movedim(dim - 1, 0)
-    return reduce_scatter(chunks.contiguous(), group)
+    return reduce_scatter(chunks.contiguous(), group, overlap)
 
 
-class _Copy(torch.autograd.Function):
+class _CopiedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return tensor
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
+    ) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.weight, ctx.bias, ctx.group, ctx.later = weight, bias, group, later
+        return F.linear(hidden, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        all_reduce(gradient, ctx.group)
-        return gradient, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
+        has_bias = bias is not None
+        reduced = all_reduce(gradient @ weight, ctx.group, overlap=True)
+        if ctx.later is not None:
+            ctx.later.leave(lambda: product_gradients(gradient, hidden, has_bias), weight, bias)
+            return reduced.wait(), None, None, None, None
+        of_weight, *of_bias = product_gradients(gradient, hidden, has_bias)
+        return reduced.wait(), of_weight, of_bias[0] if of_bias else None, None, None
 
 
 class _Reduce(torch.autograd.Function):
@@ -142,7 +175,7 @@ class _GatherLastDim(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _scatter_sum(gradients[0], -1, ctx.group), None
+        return _scatter_sum(gradients[0], -1, ctx.group).wait(), None
 
 
 class _GatheredLinear(torch.autograd.Function):
@@ -157,23 +190,25 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (hidden,), gradient, weight, bias, group = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias, ctx.group
-
-        def of_parameters() -> list[Tensor]:
-            return product_gradients(gradient, _gather(hidden, SEQUENCE, group), bias is not None)
-
-        hidden_gradient = _scatter_sum(gradient @ weight, SEQUENCE, group)
         if ctx.later is not None:
+
+            def of_parameters() -> list[Tensor]:
+                return product_gradients(gradient, _gather(hidden, SEQUENCE, group), bias is not None)
+
             ctx.later.leave(of_parameters, weight, bias)
-            return hidden_gradient, None, None, None, None
-        of_weight, *of_bias = of_parameters()
-        return hidden_gradient, of_weight, of_bias[0] if of_bias else None, None, None
+            return _scatter_sum(gradient @ weight, SEQUENCE, group).wait(), None, None, None, None
+        gathered = all_gather(hidden, group, overlap=True)
+        scattered = _scatter_sum(gradient @ weight, SEQUENCE, group, overlap=True)
+        whole = _concatenated(gathered.wait(), SEQUENCE)
+        of_weight, *of_bias = product_gradients(gradient, whole, bias is not None)
+        return scattered.wait(), of_weight, of_bias[0] if of_bias else None, None, None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return _scatter_sum(tensor, SEQUENCE, group)
+        return _scatter_sum(tensor, SEQUENCE, group).wait()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.model.collectives import (
-    copy_to_tensor_parallel,
+    copied_linear,
     gathered_linear,
     reduce_from_tensor_parallel,
     scatter_sum,
@@ -25,10 +25,10 @@ from harness.model.weight_gradients import embedding, linear
 
 def split_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
     """f and a matrix product split over its outputs: [batch, slice, in] -> [batch, sequence, out/tp]."""
-    if tp.sequence_parallel:
-        assert tp.group is not None
-        return gathered_linear(hidden, weight, bias, tp.group, tp.later)
-    return linear(copy_to_tensor_parallel(hidden, tp.group), weight, bias, tp.later)
+    if tp.group is None:
+        return linear(hidden, weight, bias, tp.later)
+    product = gathered_linear if tp.sequence_parallel else copied_linear
+    return product(hidden, weight, bias, tp.group, tp.later)
 
 
 def sum_of_parts(part: Tensor, tp: TensorParallel) -> Tensor:

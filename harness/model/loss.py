@@ -73,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
         target_logit = logits.gather(-1, column).squeeze(-1).to(maximum.dtype).masked_fill_(~owned, 0)
 
         summary = torch.stack((maximum, total, target_logit))
-        ranks = summary.unsqueeze(0) if tp.group is None else all_gather(summary, tp.group)
+        ranks = summary.unsqueeze(0) if tp.group is None else all_gather(summary, tp.group).wait()
         maxima, totals, target_logits = ranks.unbind(dim=1)
         global_maximum = maxima.amax(dim=0)
         global_total = (totals * (maxima - global_maximum).exp_()).sum(dim=0)

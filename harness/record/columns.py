@@ -527,6 +527,15 @@ COLUMNS = (
         layout="parallel.schedule_memory",
         asked=float,
     ),
+    Column(
+        "transport",
+        "",
+        "what carried messages between ranks, with the axes (`tp`, `pp`, `dp`) where they differ: `nccl`, "
+        "`shared memory` (ranks of one host without GPUs), or `gloo`, with the reason where memory can't be shared; "
+        "empty for one rank",
+        measured=lambda run: run.transport or None,
+        shown=Shown(("", "transport"), place=SETTING, only_varying=True),
+    ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""
 

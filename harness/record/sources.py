@@ -31,6 +31,8 @@ class MeasuredRun:
     peak_flops_per_second: float | None = None
     """Dense datasheet peak of one device; None for an unknown device."""
     bubble_fraction_simulated: float | None = None
+    transport: str = ""
+    """What carried messages between ranks."""
 
     @property
     def timed(self) -> Sequence[StepRecord]:

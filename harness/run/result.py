@@ -45,11 +45,11 @@ def write_result(
     extras.part("the end of the span files", loop.close)
     dist.barrier(group=loop.group)  # what is written from here on stands for all ranks
     if loop.rank == 0:
-        row = measured_columns(MeasuredRun(config, loop.records, machine))
+        row = measured_columns(MeasuredRun(config, loop.records, machine, transport=loop.engine.transport))
         beginning = {"row": row, "missing": ["all but the row: the run was ended"]}
         extras.part("result.partial.json", lambda: write_json(attempt.partial_result_file, beginning))
     phase("measuring matrix products")
-    run = MeasuredRun(config, loop.records, machine)
+    run = MeasuredRun(config, loop.records, machine, transport=loop.engine.transport)
     achieved = run.flops_per_second() or 0.0 if loop.rank == 0 else 0.0
     gemm = extras.part(
         "the matrix-product rate", lambda: gemm_flops_per_second(config, machine, device, achieved, loop.group)

@@ -149,6 +149,9 @@ class Parallel(Section):
     """What zb_auto and zb_v count with: seconds of a forward pass and of the input and weight halves of a backward
     pass, for each part of the model, or one for all; only their ratios matter. null: all take equally long; `measured`
     in the configuration: what the layers take on this machine."""
+    shared_memory: bool = True
+    """Without GPUs, ranks of one host talk through memory that they share; false: through gloo, as ranks of several
+    hosts do."""
     schedule_passes: list[str] | None = None
     """What parallel.schedule=FILE.csv holds, a line per stage; filled in from the file."""
 

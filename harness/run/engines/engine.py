@@ -116,6 +116,10 @@ class Engine(Protocol):
     observers: Observers
 
     @property
+    def transport(self) -> str:
+        """What carries its messages between ranks, as `harness.run.shared_memory` says; empty for one rank."""
+
+    @property
     def steps_taken(self) -> int:
         """Optimizer steps, those that were skipped for an overflow included."""
 

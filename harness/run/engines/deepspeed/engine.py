@@ -36,6 +36,7 @@ from harness.run.engines.deepspeed.settings import build_deepspeed_config, clips
 from harness.run.engines.deepspeed.transfers import Channels
 from harness.run.engines.engine import Before, ForwardPasses, Held, Progress, filling
 from harness.run.optimizer import build_learning_rate, build_optimizer
+from harness.run.shared_memory import describe_transports, share_memory
 from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
@@ -52,6 +53,7 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
     phase("building the model")
     parallel = config.parallel
     topology = parallel.topology
+    share_memory(parallel.shared_memory)
     schedule = schedule_of(config)
     later = WeightGradients() if schedule.splits_backward else None
     tp = build_tensor_parallel(
@@ -119,6 +121,18 @@ class DeepSpeedEngine:
             self.observers.append(Before("reduce_gradients", self._sum_over_slices))
         if self._clips:
             self.observers.append(Before("optimizer", self._clip))
+
+    @property
+    def transport(self) -> str:
+        """Of the groups of each axis."""
+        parallel = self.config.parallel
+        return describe_transports(
+            {
+                "tp": None if self.tp.group is None else self.tp.group.process_group,
+                "pp": next(iter(self._engine.channels.groups), None),
+                "dp": self._engine.mpu.get_data_parallel_group() if parallel.dp > 1 else None,
+            }
+        )
 
     @property
     def steps_taken(self) -> int:

@@ -27,11 +27,14 @@ def initialize_distributed() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     import deepspeed
 
+    from harness.run.shared_memory import BACKEND, register_backend
+
     # DeepSpeed would compile its shared-memory collectives here, half a minute at the first start. They reduce
     # over all ranks whatever group is named, so nothing in the harness calls them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _import_muon()
-    backend = "nccl" if kind == "cuda" else "gloo"
+    register_backend()
+    backend = "nccl" if kind == "cuda" else BACKEND
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     gc.freeze()  # DeepSpeed collects garbage while it builds an engine: each time 0.3 s over all that was imported

@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 
 from harness.model.weight_gradients import PutOff, WeightGradients, add_gradients
+from harness.run.engines.deepspeed.reduction import average
 from harness.run.engines.deepspeed.transfers import Channels, Transfers
 from harness.run.engines.engine import Observers
 from harness.spec.placement import Placement
@@ -105,7 +106,7 @@ class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no
             "send_gradient": self._send_gradient,
             "recv_gradient": self._receive_gradient,
             "reduce_tied_gradients": lambda _: self._exec_reduce_tied_grads(),
-            "reduce_gradients": lambda _: self._exec_reduce_grads(),
+            "reduce_gradients": lambda _: self._reduce_gradients(),
             "optimizer": lambda _: self._exec_optimizer_step(),
         }
 
@@ -230,6 +231,20 @@ class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no
     def _send_gradient(self, instruction: Instruction) -> None:
         place = instruction.micro_batch, instruction.chunk
         self._transfers.send(instruction, self._gradients_to_send.pop(place))
+
+    def _reduce_gradients(self) -> None:
+        """Average over replicas: with DeepSpeed's ZeRO optimizer its way, else in place."""
+        if self.zero_optimization() and not self.using_bf16_optimizer:
+            self._exec_reduce_grads()
+        elif self.dp_world_size > 1:
+            average(self._gradients_to_reduce(), self.mpu.get_data_parallel_group())
+
+    def _gradients_to_reduce(self) -> list[Tensor]:
+        if self.using_bf16_optimizer:
+            gradients, _ = self.optimizer.get_grads_for_reduction()
+        else:
+            gradients, _ = self._get_gradients_for_reduction()
+        return list(gradients)
 
     # --- what they have in common
 

@@ -24,11 +24,13 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
 class DataParallelEngine(TorchEngine):
     """An `Engine` of replicas whose gradients are averaged while the last micro-batch's backward pass runs."""
 
+    is_parallel = True
+
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.topology = self.config.parallel.topology
         # A static graph can't be combined with `no_sync`. Other sizes of buckets (5 to 200 MB) took as long.
-        self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self._replica = DistributedDataParallel(self.model, process_group=self.group, gradient_as_bucket_view=True)
 
     @property
     def _num_micro_batches(self) -> int:
@@ -40,7 +42,7 @@ class DataParallelEngine(TorchEngine):
     def _count_valid(self) -> float:
         """Of all replicas, as a share of one: gradients are averaged."""
         valid = torch.tensor(super()._count_valid(), dtype=torch.float64, device=self.device)
-        dist.all_reduce(valid)
+        dist.all_reduce(valid, group=self.group)
         return float(valid) / self.config.parallel.dp
 
     def _forward(self, number: int) -> None:
@@ -53,5 +55,5 @@ class DataParallelEngine(TorchEngine):
         return cross_entropy(self._replica(tokens)[..., : self.config.model.vocab_size], targets)
 
     def _reduce_loss(self) -> None:
-        dist.all_reduce(self._total)
+        dist.all_reduce(self._total, group=self.group)
         self._total = self._total.cpu() / self.config.parallel.dp

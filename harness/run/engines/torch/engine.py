@@ -31,6 +31,7 @@ from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.engine import Held, Observers, Progress, filling
 from harness.run.optimizer import build_optimizer, learning_rate_factor
+from harness.run.shared_memory import transport_of
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
 from harness.spec.placement import Placement
@@ -66,6 +67,9 @@ class TorchEngine:
         rank: of those who train together.
     """
 
+    is_parallel = False
+    """Whether all ranks train together."""
+
     def __init__(
         self,
         config: RunConfig,
@@ -78,6 +82,8 @@ class TorchEngine:
     ) -> None:
         self.config, self.dtype, self.device, self.rank = config, dtype, device or torch.device("cpu"), rank
         self.topology, self.tp = Topology(pp=1, dp=1, tp=1), TensorParallel.single()
+        self.backend = "gloo" if self.device.type == "cpu" else "nccl"
+        self.group = dist.new_group(backend=self.backend) if self.is_parallel else None
         self.blocks_per_part = [config.model.num_hidden_layers]
         self.settings: dict[str, Any] | None = None
         self.observers = Observers()
@@ -113,6 +119,11 @@ class TorchEngine:
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.config.train, (parameter for _, parameter in self.parameters()))
+
+    @property
+    def transport(self) -> str:
+        """That of torch."""
+        return "" if self.group is None else transport_of(self.group)
 
     @property
     def optimizer_name(self) -> str:
@@ -269,7 +280,9 @@ class TorchEngine:
                 state["step"].fill_(progress.optimizer_step)
 
     def destroy(self) -> None:
-        """There are no process groups; memory goes with the last reference."""
+        """Leave the group; memory goes with the last reference."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -288,8 +301,8 @@ def gradients_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]
     return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
 
 
-def norm_over_ranks(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """2-norm of gradients of which each number is given by one of all ranks; equal on all, a collective call."""
+def norm_over_ranks(gradients: list[Tensor], device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
+    """2-norm of gradients of which each number is given by one rank of a group; equal on all, a collective call."""
     squared = torch.nn.utils.get_total_norm(gradients).square().to(device)
-    dist.all_reduce(squared)
+    dist.all_reduce(squared, group=group)
     return squared.sqrt()

@@ -104,6 +104,8 @@ class ObservedStage(PipelineStage):
 class PipelinedEngine(TorchEngine):
     """An `Engine` of one stage of a pipeline, of the chunks that the configured schedule gives it."""
 
+    is_parallel = True
+
     def __init__(self, config: RunConfig, *arguments: Any, **named: Any) -> None:
         self._placement = placement_of(config.parallel)
         super().__init__(config, *arguments, **named)
@@ -114,7 +116,7 @@ class PipelinedEngine(TorchEngine):
         self._loss_rank = self._placement.stage_of(last)
         ends = [self._placement.stage_of(0), self._loss_rank]
         is_tied = config.model.tie_word_embeddings and ends[0] != ends[1]
-        group = dist.new_group(ends) if is_tied else None  # of all ranks a call, of two the group
+        group = dist.new_group(ends, backend=self.backend) if is_tied else None  # of all ranks a call, of two the group
         self._tied_group = group if self.rank in ends else None
         self._has_copy = is_tied and self.rank == self._loss_rank
         self.observers.append(ForwardPasses(self.streams, lambda: self.steps_taken))
@@ -156,6 +158,7 @@ class PipelinedEngine(TorchEngine):
                 part,
                 self._placement.num_parts,
                 self.device,
+                group=self.group,
                 input_args=tokens if part == 0 else hidden,
                 output_args=loss if part == last else hidden,
             )
@@ -228,13 +231,13 @@ class PipelinedEngine(TorchEngine):
                 self._total += torch.stack(hidden).sum()
             elif (after := self._placement.stage_of(part + 1)) != self.rank:
                 for output in hidden:
-                    dist.send(output, after)
+                    dist.send(output, after, group=self.group)
         self._execute([Instruction("reduce_loss")], data)
         return float(self._total)
 
     def _received(self, stage: int) -> Tensor:
         hidden = torch.empty(self._hidden_shape, dtype=self.dtype, device=self.device)
-        dist.recv(hidden, stage)
+        dist.recv(hidden, stage, group=self.group)
         return hidden
 
     def _reduce_tied_gradients(self) -> None:
@@ -244,11 +247,11 @@ class PipelinedEngine(TorchEngine):
             dist.all_reduce(weight.grad, group=self._tied_group)
 
     def _reduce_loss(self) -> None:
-        dist.broadcast(self._total, self._loss_rank)
+        dist.broadcast(self._total, self._loss_rank, group=self.group)
         self._total = self._total.cpu()
 
     def _gradient_norm(self) -> Tensor:
-        return norm_over_ranks(gradients_of(self._own_parameters()), self.device)
+        return norm_over_ranks(gradients_of(self._own_parameters()), self.device, self.group)
 
     # --- what this rank holds
 
@@ -268,6 +271,7 @@ class PipelinedEngine(TorchEngine):
             yield name, Held(parameter, 0, 0, parameter.numel())
 
     def destroy(self) -> None:
-        """Leave the group of tied weights."""
+        """Leave the groups, also that of tied weights."""
+        super().destroy()
         if self._tied_group is not None:
             dist.destroy_process_group(self._tied_group)

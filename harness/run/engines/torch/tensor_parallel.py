@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -154,6 +154,8 @@ class Transformer(nn.Module):
 class TensorParallelEngine(TorchEngine):
     """An `Engine` of ranks that share every layer."""
 
+    is_parallel = True
+
     def __init__(self, config: RunConfig, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
         self.topology = config.parallel.topology
@@ -161,7 +163,11 @@ class TensorParallelEngine(TorchEngine):
     def _build_model(self) -> nn.Module:
         config, tp = self.config, self.config.parallel.tp
         self.tp = TensorParallel(None, self.rank, tp, None, 1)
-        self._mesh: DeviceMesh = init_device_mesh(self.device.type, (tp,))
+        assert self.group is not None
+        # DTensor's caches take meshes that look alike for the same one, also of a group that was left long ago.
+        self._mesh = DeviceMesh.from_group(
+            self.group, self.device.type, mesh_dim_names=(f"tp_{self.group.group_name}",)
+        )
         with torch.device("meta"):
             model = Transformer(config.model, tp, config.train.activation_checkpointing == "full")
         parallelize_module(model, self._mesh, PLAN)
@@ -221,7 +227,7 @@ class TensorParallelEngine(TorchEngine):
             for name, parameter in self.parameters()
             if self.rank == 0 or getattr(parameter, "tensor_model_parallel", False)
         )
-        return norm_over_ranks(gradients_of(counted), self.device)
+        return norm_over_ranks(gradients_of(counted), self.device, self.group)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This rank's slices by name."""
