@@ -22,7 +22,7 @@ from harness.model.weights import initialize
 from harness.plan.hardware import peak_flops_per_second
 from harness.record.columns import layout_columns, measured_columns, names
 from harness.record.rows import point_row, row
-from harness.record.sources import MeasuredRun, flops_beside_peers, is_oversubscribed
+from harness.record.sources import Compiled, MeasuredRun, flops_beside_peers, is_oversubscribed
 from harness.record.steps import metrics_line, record_of
 from harness.record.store import Point, SweepDirectory, environment, write_json
 from harness.run.data import CorpusSamples
@@ -94,6 +94,7 @@ def test_summary_by_hand() -> None:
         MeasuredRun(
             make_config("parallel.tp=2", "parallel.pp=2", "parallel.dp=4"), records, MACHINE,
             gemm_flops_per_second=1e11, peak_flops_per_second=1e12, bubble_fraction_simulated=0.125,
+                compiled=Compiled(3.5, "yes"),
         )
     )  # fmt: skip
     tokens_per_second_per_device = 8 * 128 / 0.6 / (2 * 2 * 4)
@@ -118,6 +119,7 @@ def test_summary_by_hand() -> None:
         "launch_gap_fraction_max": 0.5,
         "bubble_fraction_simulated": 0.125,
         "drift": None,
+        "compile_seconds": 3.5,
         "warmup_steps_detected": 2,
     })  # fmt: skip
     assert set(summary) <= set(names())

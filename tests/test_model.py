@@ -171,8 +171,8 @@ def test_activation_checkpointing_changes_no_gradient(name: str, monkeypatch: py
     model = MODELS[name]
     state, (tokens, _) = random_state(model), random_tokens(model)
     calls: list[int] = []
-    body = TransformerBlock._body
-    monkeypatch.setattr(TransformerBlock, "_body", lambda self, hidden: (calls.append(1), body(self, hidden))[1])
+    body = TransformerBlock.compute
+    monkeypatch.setattr(TransformerBlock, "compute", lambda self, hidden: (calls.append(1), body(self, hidden))[1])
     gradients = []
     for checkpointing in (False, True):
         layers = build_filled(model, state, activation_checkpointing=checkpointing)

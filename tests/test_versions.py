@@ -162,7 +162,7 @@ def test_a_checkpoint_from_before_a_key_is_resumed_where_the_key_is_as_before(tm
     with added(Model, "gate", FieldInfo(annotation=str, default="none")):
         for path, gate, works in ((before, "none", True), (after, "swish", True), (before, "swish", False)):
             model = configure(f"model.gate={gate}").model
-            assert later_in(model) == {"gate": "none"}
+            assert later_in(model)["gate"] == "none"
             if works:
                 check_resume(path, model.model_dump(), train, later_in(model))
             else:

@@ -78,6 +78,7 @@ def build_result(
         "peak_memory_bytes": list(peak_memory_bytes),
         "data": {"source": corpus.description, "num_tokens": corpus.num_tokens, "sha256": corpus.fingerprint},
         "optimizer": optimizer,
+        "compiled": run.compiled.outcome if run.compiled else "no",
         **dict.fromkeys(("accounting", "bubble", "lost")),
         **explained,
         "missing": extras.missing,

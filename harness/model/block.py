@@ -99,10 +99,13 @@ class ParallelAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
         # enable_gqa beats repeated keys on CPU; either way this is flash attention (on CPU without dropout only).
-        with self.dropout.stream(query.device):
-            context = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=self.dropout.current_rate, is_causal=self.causal, enable_gqa=self.grouped
-            )
+        attend = partial(
+            F.scaled_dot_product_attention,
+            dropout_p=self.dropout.current_rate,
+            is_causal=self.causal,
+            enable_gqa=self.grouped,
+        )
+        context = self.dropout.drawing(attend, query, key, value)
         output: Tensor = self.output(context.transpose(1, 2).flatten(-2))
         return output
 
@@ -140,6 +143,9 @@ class TransformerBlock(nn.Module):
     With `activation_checkpointing` only the input is kept for backward and the block computed again.
     """
 
+    compiled: Callable[[Tensor], Tensor] | None = None
+    """What computes the block in training, if not its own code (`harness.run.compilation`)."""
+
     def __init__(
         self,
         model: Model,
@@ -162,19 +168,22 @@ class TransformerBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden]."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            body = self.streams.repeatable(self._body)  # no state of torch's generator needs to be kept
+        if not torch.is_grad_enabled():
+            return self.compute(hidden)
+        compute = self.compiled or self.compute
+        if self.activation_checkpointing:
             output: Tensor = checkpoint(
-                body,
+                self.streams.repeatable(compute),  # no state of torch's generator needs to be kept
                 hidden,
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=self.parts.checkpoint_contexts,
             )
             return output
-        return self._body(hidden)
+        return compute(hidden)
 
-    def _body(self, hidden: Tensor) -> Tensor:
+    def compute(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> [batch, slice, hidden], by the block's own code."""
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden)))
         output: Tensor = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
         return output

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.model.groups import Group
+from harness.model.uncompiled import apply
 from harness.model.weight_gradients import WeightGradients, product_gradients
 
 SEQUENCE = -2
@@ -78,7 +79,7 @@ def copied_linear(
     Args:
         later: takes the gradients of weight and bias; None: backward computes them at once.
     """
-    return _CopiedLinear.apply(hidden, weight, bias, group, later)  # type: ignore[no-untyped-call, no-any-return]
+    return apply(_CopiedLinear, hidden, weight, bias, group, later)
 
 
 def reduce_from_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
@@ -86,7 +87,7 @@ def reduce_from_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
 
     Overwrites `tensor`, which must be the fresh result of a matrix product or a look-up.
     """
-    return tensor if group is None else _Reduce.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return tensor if group is None else apply(_Reduce, tensor, group)
 
 
 def gather_last_dim(tensor: Tensor, group: Group | None) -> Tensor:
@@ -94,7 +95,7 @@ def gather_last_dim(tensor: Tensor, group: Group | None) -> Tensor:
 
     Backward, every rank's gradient of the whole is summed and this rank's slice kept.
     """
-    return tensor if group is None else _GatherLastDim.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return tensor if group is None else apply(_GatherLastDim, tensor, group)
 
 
 def gathered_linear(
@@ -107,7 +108,7 @@ def gathered_linear(
     Args:
         later: takes the gradients of weight and bias; None: backward computes them at once.
     """
-    return _GatheredLinear.apply(hidden, weight, bias, group, later)  # type: ignore[no-untyped-call, no-any-return]
+    return apply(_GatheredLinear, hidden, weight, bias, group, later)
 
 
 def scatter_sum(tensor: Tensor, group: Group) -> Tensor:
@@ -115,7 +116,7 @@ def scatter_sum(tensor: Tensor, group: Group) -> Tensor:
 
     Backward, the slices of the gradient are gathered.
     """
-    return _ScatterSum.apply(tensor, group)  # type: ignore[no-untyped-call, no-any-return]
+    return apply(_ScatterSum, tensor, group)
 
 
 def _gather(tensor: Tensor, dim: int, group: Group) -> Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +71,18 @@ class Dropout(nn.Module):
         """The rate in training, else 0."""
         return self.rate if self.training else 0.0
 
-    def stream(self, device: torch.device) -> AbstractContextManager[None]:
-        """What torch draws inside comes from this place's stream."""
-        return self.streams.stream(self.place, device) if self.current_rate > 0 else nullcontext()
+    def drawing(self, compute: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
+        """What `compute` makes of tensors; what torch draws for it comes from this place's stream."""
+        return self._draw(compute, first, *others) if self.current_rate > 0 else compute(first, *others)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _draw(self, compute: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
+        with self.streams.stream(self.place, first.device):
+            return compute(first, *others)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[...] -> the same shape; with a rate of 0 the same tensor."""
-        if self.current_rate == 0:
-            return hidden
-        with self.stream(hidden.device):
-            return F.dropout(hidden, self.rate)
+        return hidden if self.current_rate == 0 else self.drawing(partial(F.dropout, p=self.rate), hidden)
 
 
 @contextmanager

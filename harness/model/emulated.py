@@ -41,7 +41,8 @@ class EmulatedBlock(TransformerBlock):
         self._model = model
         self._random = random.Random(name)
 
-    def _body(self, hidden: Tensor) -> Tensor:
+    def compute(self, hidden: Tensor) -> Tensor:
+        """Wait."""
         output: Tensor = _Wait.apply(hidden + self.weight, self)  # type: ignore[no-untyped-call]
         return output
 

@@ -55,7 +55,9 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """[batch, slice, in_features] -> per part [batch, sequence, part/tp], views of one tensor."""
-        return torch.split(split_product(hidden, self.weight, self.bias, self.tp), self.local_parts, dim=-1)
+        output = split_product(hidden, self.weight, self.bias, self.tp)
+        # The gradient of a split is a copy, of one part too.
+        return torch.split(output, self.local_parts, dim=-1) if len(self.local_parts) > 1 else (output,)
 
 
 class RowParallelLinear(nn.Module):

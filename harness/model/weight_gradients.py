@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.model.uncompiled import apply
+
 
 class PutOff(NamedTuple):
     """A part of a backward pass that was put off."""
@@ -71,14 +73,14 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGra
     """
     if later is None:
         return F.linear(hidden, weight, bias)
-    return _Linear.apply(hidden, weight, bias, later)  # type: ignore[no-untyped-call, no-any-return]
+    return apply(_Linear, hidden, weight, bias, later)
 
 
 def embedding(rows: Tensor, weight: Tensor, later: WeightGradients | None) -> Tensor:
     """Rows of a matrix: integers [...] -> [..., hidden]; `later` as in `linear`."""
     if later is None:
         return F.embedding(rows, weight)
-    return _Embedding.apply(rows, weight, later)  # type: ignore[no-untyped-call, no-any-return]
+    return apply(_Embedding, rows, weight, later)
 
 
 def product_gradients(gradient: Tensor, hidden: Tensor, has_bias: bool) -> list[Tensor]:

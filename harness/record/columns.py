@@ -536,6 +536,24 @@ COLUMNS = (
         measured=lambda run: run.transport or None,
         shown=Shown(("", "transport"), place=SETTING, only_varying=True),
     ),
+    Column(
+        "compiled",
+        "",
+        "whether blocks trained through torch.compile: `yes`, `no` (`model.compile=false`), or which ranks computed "
+        "without, where it failed, and why; of several repeats the first where it did",
+        attempt=lambda tried: tried.compiled,
+        repeats=lambda values: next((value for value in values if value not in ("yes", "no")), values[-1]),
+        shown=Shown(("", "compiled"), lambda outcome: outcome.split()[0], place=SETTING, only_varying=True),
+    ),
+    Column(
+        "compile_seconds",
+        "s",
+        "from the begin of compilation to the end of a block's first passes, forward and backward, on the rank that "
+        "took longest; before the first step, and less where torch's cache has what was compiled; empty without",
+        measured=lambda run: run.compiled and run.compiled.seconds,
+        early=True,
+        shown=Shown(("compile", "s"), scaled(1), dispensable=1),
+    ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.machine import Machine
 from harness.record.steps import StepRecord, tokens_per_step
@@ -13,6 +13,15 @@ from harness.record.store import Attempt, is_stale
 from harness.spans.span import Bubble, median_bubble
 from harness.spec.config import RunConfig
 from harness.spec.counts import flops_conventions, training_flops_per_token
+
+
+class Compiled(NamedTuple):
+    """What `model.compile=true` came to."""
+
+    seconds: float
+    """Of the slowest rank, before the first step."""
+    outcome: str
+    """`yes`, or which ranks compute without, and why."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class MeasuredRun:
     bubble_fraction_simulated: float | None = None
     transport: str = ""
     """What carried messages between ranks."""
+    compiled: Compiled | None = None
 
     @property
     def timed(self) -> Sequence[StepRecord]:
@@ -98,6 +108,8 @@ class Tried:
     """Content of parity.json; empty without a check."""
     reference: Mapping[str, Any] | None
     """The environment of now."""
+    compiled: str | None
+    """As result.json says it."""
 
     @property
     def is_stale(self) -> bool | None:

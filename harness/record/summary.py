@@ -40,7 +40,7 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
     console.print("Per micro-batch; FLOPs and parameters over all tensor-parallel ranks of a stage.", style="dim")
     if accounting is not None:
         console.print(accounting)
-    for line in summary_lines(config, layout_columns(config) | result["row"]):
+    for line in summary_lines(config, layout_columns(config) | result["row"] | {"compiled": result.get("compiled")}):
         console.print(line, highlight=False)
         if line.startswith("bubble"):
             for detail in bubble_lines(result.get("bubble")):
@@ -113,6 +113,8 @@ def summary_lines(config: RunConfig, row: dict[str, Any]) -> list[str]:
             f"warm-up     the first {row['warmup_steps_detected']} steps are slow, and "
             f"train.warmup_steps={config.train.warmup_steps} of them are left out"
         )
+    if row.get("compile_seconds") is not None:
+        lines.append(f"compiled    {row['compiled']}, {row['compile_seconds']:.1f} s before the first step")
     if row["oversubscribed"]:
         lines.append("oversubscribed: more ranks x threads than cores, so these times compare only with themselves")
     return lines

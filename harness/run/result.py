@@ -16,7 +16,7 @@ from harness.corpus import Corpus
 from harness.machine import Machine
 from harness.record.columns import measured_columns
 from harness.record.heartbeat import Phase
-from harness.record.sources import MeasuredRun
+from harness.record.sources import Compiled, MeasuredRun
 from harness.record.store import Attempt, write_json
 from harness.record.summary import print_summary
 from harness.run.instruments.gemm import gemm_flops_per_second
@@ -31,6 +31,7 @@ def write_result(
     device: torch.device,
     loop: Loop,
     corpus: Corpus,
+    compiled: Compiled | None,
     phase: Phase,
 ) -> None:
     """Write result.json, and print the summary for the user; a collective call of all ranks after the last step.
@@ -38,18 +39,18 @@ def write_result(
     Rank 0 leaves result.partial.json on the way: whoever started the ranks takes that where they end before the rest.
 
     Args:
+        compiled: on rank 0; None where nothing was to be.
         phase: told what is done next.
     """
     extras = Extras()
     phase("closing its files")
     extras.part("the end of the span files", loop.close)
     dist.barrier(group=loop.group)  # what is written from here on stands for all ranks
+    run = MeasuredRun(config, loop.records, machine, transport=loop.engine.transport, compiled=compiled)
     if loop.rank == 0:
-        row = measured_columns(MeasuredRun(config, loop.records, machine, transport=loop.engine.transport))
-        beginning = {"row": row, "missing": ["all but the row: the run was ended"]}
+        beginning = {"row": measured_columns(run), "missing": ["all but the row: the run was ended"]}
         extras.part("result.partial.json", lambda: write_json(attempt.partial_result_file, beginning))
     phase("measuring matrix products")
-    run = MeasuredRun(config, loop.records, machine, transport=loop.engine.transport)
     achieved = run.flops_per_second() or 0.0 if loop.rank == 0 else 0.0
     gemm = extras.part(
         "the matrix-product rate", lambda: gemm_flops_per_second(config, machine, device, achieved, loop.group)

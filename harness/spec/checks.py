@@ -58,6 +58,11 @@ def _check_model(config: RunConfig) -> None:
             f"train.sequence_length={train.sequence_length} exceeds "
             f"model.max_position_embeddings={model.max_position_embeddings}; shorten the one or raise the other"
         )
+    if model.compile and not model.architecture.computes:
+        raise ConfigError(
+            f"model.compile=true has nothing to compile in model.family={model.family}, whose blocks wait; use "
+            "model.compile=false"
+        )
     tp = config.parallel.tp
     if config.parallel.sequence_parallel and train.sequence_length % tp:
         raise ConfigError(

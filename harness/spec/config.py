@@ -86,6 +86,9 @@ class Model(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)]
     """Probability of dropping a value of the embedding, of the attention's probabilities and of what attention
     and feed-forward layer add to the residual stream; one for all, as in GPT-2."""
+    compile: bool = False
+    """Blocks train through torch.compile, which happens once, before the first step (`compile_seconds`); where it
+    fails, a rank computes without, and its row says why."""
 
     @property
     def architecture(self) -> Architecture:
@@ -364,6 +367,12 @@ class RunConfig(Section):
     def num_micro_batches(self) -> int:
         """Micro-batches m per step and data-parallel rank."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """Of what passes between layers: [batch, slice, hidden]."""
+        train = self.train
+        return train.micro_batch_size, train.sequence_length // self.parallel.num_slices, self.model.hidden_size
 
     @property
     def gradient_dtype(self) -> PrecisionName:

@@ -69,6 +69,10 @@ def check_dtensor(config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.engine=dtensor has no blocks for model.family={model.family}; use parallel.engine=deepspeed"
         )
+    if getattr(model, "compile", False):
+        raise ConfigError(
+            "parallel.engine=dtensor compiles nothing; use model.compile=false or parallel.engine=deepspeed"
+        )
     if model.num_key_value_heads % tp:
         raise ConfigError(
             f"parallel.engine=dtensor can't share model.num_key_value_heads={model.num_key_value_heads} among "

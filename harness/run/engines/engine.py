@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from harness.model.dropout import RandomStreams
 from harness.model.groups import TensorParallel
 from harness.record.heartbeat import Phase, no_phase
+from harness.run.compilation import Compilation
 from harness.run.data import MicroBatch
 from harness.spec.config import RunConfig
 from harness.spec.engines import engine_kind
@@ -113,6 +114,8 @@ class Engine(Protocol):
     """In the order of the model (`harness.spec.placement`)."""
     settings: dict[str, Any] | None
     """What the library was given besides, for ds_config.json; secrets left out."""
+    compilation: Compilation | None
+    """What `harness.run.compilation.compile_blocks` says of its modules."""
     observers: Observers
 
     @property

@@ -13,6 +13,7 @@ from harness.machine import Machine, detect_machine
 from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
+from harness.run.compilation import gather_compilation
 from harness.run.data import CorpusSamples, micro_batches
 from harness.run.engines.engine import build_engine
 from harness.run.evaluate import Evaluation
@@ -39,6 +40,7 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     num_chunks = config.parallel.num_chunks
     engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind, num_chunks))
     loop = Loop(attempt, config, rank, engine, tracer, device, Evaluation(config, corpus, engine, rank))
+    compiled = gather_compilation(engine.compilation, loop.group)
     heart.phase("reading the checkpoint" if config.train.resume else "beginning to train")
     done = load_checkpoint(Path(config.train.resume), engine, config, loop.group) if config.train.resume else 0
     if rank == 0 and done:
@@ -50,7 +52,7 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
         if is_due(config.train.checkpoint_interval, step, config):
             heart.phase("writing a checkpoint")
             save_checkpoint(attempt.path / FOLDER, engine, config, step, loop.group)
-    write_result(attempt, config, machine, device, loop, corpus, heart.phase)
+    write_result(attempt, config, machine, device, loop, corpus, compiled, heart.phase)
 
 
 def share_corpus(config: RunConfig, rank: int) -> Corpus:

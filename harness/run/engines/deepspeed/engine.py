@@ -28,6 +28,7 @@ from harness.model.precision import dtype_of
 from harness.model.weight_gradients import WeightGradients
 from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
+from harness.run.compilation import Compilation, compile_blocks
 from harness.run.data import MicroBatch
 from harness.run.engines.deepspeed.clipping import global_gradient_norm, scale_gradients
 from harness.run.engines.deepspeed.pipeline import PartedPipeline
@@ -80,18 +81,14 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
             load_full(filling(module.global_parameters(), phase), parameter_table(config.model), weights, tp)
         phase("building the engine")
         optimizer = build_optimizer(config.train, module.parameters())
-        shape, dtype = hidden_shape(config), dtype_of(config.train.precision)
+        shape, dtype = config.hidden_shape, dtype_of(config.train.precision)
         device = torch.device(get_accelerator().current_device_name())
         channels = Channels(topology, rank, schedule.placement, shape, dtype, device)
         scheduler = build_learning_rate(config.train, optimizer)
         engine = ScheduledEngine(schedule, channels, later, module, optimizer, scheduler, fill_in(settings))
-    return DeepSpeedEngine(config, engine, module, topology, tp, blocks, settings, streams)
-
-
-def hidden_shape(config: RunConfig) -> tuple[int, int, int]:
-    """Of what passes between parts of the model: [batch, slice, hidden]."""
-    train = config.train
-    return train.micro_batch_size, train.sequence_length // config.parallel.num_slices, config.model.hidden_size
+    built = DeepSpeedEngine(config, engine, module, topology, tp, blocks, settings, streams)
+    built.compilation = compile_blocks(module, config, tp, device, phase)
+    return built
 
 
 class DeepSpeedEngine:
@@ -111,6 +108,7 @@ class DeepSpeedEngine:
         self.config, self.topology, self.tp = config, topology, tp
         self.blocks_per_part = blocks_per_part
         self.settings: dict[str, Any] | None = settings
+        self.compilation: Compilation | None = None
         self.observers = engine.observers
         self._engine, self._module = engine, module
         self._clips = not clips_by_itself(config)  # the harness does; torch's optimizer works on the parameters

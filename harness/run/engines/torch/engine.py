@@ -28,6 +28,7 @@ from harness.model.groups import TensorParallel
 from harness.model.loss import IGNORE_INDEX
 from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
+from harness.run.compilation import Compilation, compile_blocks
 from harness.run.data import MicroBatch
 from harness.run.engines.engine import Held, Observers, Progress, filling
 from harness.run.optimizer import build_optimizer, learning_rate_factor
@@ -46,7 +47,7 @@ def build_as(kind: type[E], config: RunConfig, rank: int, weights: Callable[[str
     on_gpu = detect_machine().device_kind == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     peak = config.train.learning_rate
-    return kind(
+    engine = kind(
         config,
         lambda step: peak * learning_rate_factor(config.train, step),
         weights,
@@ -54,6 +55,8 @@ def build_as(kind: type[E], config: RunConfig, rank: int, weights: Callable[[str
         phase=phase,
         rank=rank,
     )
+    engine.compilation = compile_blocks(engine.model, config, engine.tp, device, phase)
+    return engine
 
 
 class TorchEngine:
@@ -86,6 +89,7 @@ class TorchEngine:
         self.group = dist.new_group(backend=self.backend) if self.is_parallel else None
         self.blocks_per_part = [config.model.num_hidden_layers]
         self.settings: dict[str, Any] | None = None
+        self.compilation: Compilation | None = None
         self.observers = Observers()
         self.steps_taken = self.steps_skipped = 0
         self._learning_rates, self._num_scheduled = learning_rates, 0
