@@ -68,7 +68,7 @@ def collectives(seed: int, count: int) -> list[str]:
         tensor = numbers(own, elements * (size if kind == "reduce_scatter" else 1), dtype)
         results = []
         for group, overlaps in ((gloo, False), (shared, True)):
-            given = tensor.clone()
+            given = tensor.clone().requires_grad_(kind == "broadcast")  # of weights
             if kind == "all_reduce":
                 result, work = given, dist.all_reduce(given, group=group, async_op=overlaps)
             elif kind == "broadcast":
@@ -117,7 +117,7 @@ def messages(seed: int) -> list[str]:
     rank, size = dist.get_rank(), dist.get_world_size()
     program = random.Random(seed)
     lengths = [program.choice((1, 300, 2000)) for _ in range(4 * shared_memory.NUM_LANE_SLOTS)]
-    lengths[0] = 300  # of the slots; what is larger goes another way
+    lengths[0] = 300  # of the first slots
     sent, expected = [], []
     for other in (other for other in range(size) if other != rank):
         for tag in (0, 5):
@@ -139,7 +139,9 @@ def fallbacks() -> list[list[str]]:
     """What carries a group, and what it sums up, where its ranks can't share memory, for one reason after another."""
     rank = dist.get_rank()
     found = []
-    for patch in (hosts_differ, memory_is_not_found, memory_is_not_made, machine_is_another, by_wish):
+    for patch in (
+        hosts_differ, memory_is_not_found, memory_is_another, memory_is_not_made, machine_is_another, by_wish,
+    ):  # fmt: skip
         with pytest.MonkeyPatch.context() as patches:
             patch(patches, rank)
             group = dist.new_group()
@@ -151,6 +153,7 @@ def fallbacks() -> list[list[str]]:
         dist.reduce_scatter_single(part, everything, group=group)
         dist.destroy_process_group(group)
         found.append([transport_of(group), str(total.tolist() == [1.0] * 5 and part.tolist() == [2.0] * 5)])
+        found[-1].append(transport_of(dist.group.WORLD))
         shared_memory.share_memory(True)
     return found
 
@@ -163,6 +166,23 @@ def memory_is_not_found(patches: pytest.MonkeyPatch, rank: int) -> None:
     right = Memory.find
     if rank == 1:  # the process it names has no such file
         patches.setattr(Memory, "find", lambda address: right(f"{os.getpid()} 1000000 {address.split(' ', 2)[2]}"))
+
+
+def memory_is_another(patches: pytest.MonkeyPatch, rank: int) -> None:
+    """The process of that number is another, as in another namespace, and has a file of that number and size."""
+    right, make, made = Memory.find, Memory.make, list[str]()
+
+    def remember(num_bytes: int) -> Memory:
+        memory = make(num_bytes)
+        made.append(memory.address)
+        return memory
+
+    def mistaken(address: str) -> Memory:
+        return right(" ".join([*made[0].split()[:2], *address.split()[2:]]))
+
+    if rank == 1:
+        patches.setattr(Memory, "make", remember)
+        patches.setattr(Memory, "find", mistaken)
 
 
 def memory_is_not_made(patches: pytest.MonkeyPatch, rank: int) -> None:
@@ -187,6 +207,7 @@ def leftovers() -> list[int]:
     for _ in range(30):
         group = dist.new_group()
         dist.all_reduce(torch.ones(3), group=group)
+        assert not [path for path in Path("/proc/self/fd").iterdir() if "memfd:" in str(path.resolve())]
         other = 1 - dist.get_rank()
         sent, received = (act(torch.ones(3), other, group=group) for act in (dist.isend, dist.irecv))
         received.wait()

@@ -211,6 +211,32 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/run/shared_memory.py",
+        "tests/test_shared_memory.py",
+        True,
+        {
+            "shared_slots_reused_unheard": ("return all(heard[0] > oldest for heard in self._heard)", "return True"),
+            "shared_read_before_it_is_said": ("self._peers.wait(lambda: said[0] > number)", "pass"),
+            "shared_sums_of_other_ranks_only": (
+                "for rank in range(2, self._size):\n            own.add_",
+                "for rank in range(3, self._size):\n            own.add_",
+            ),
+            "shared_sums_end_in_any_order": ("self._begun[0].end(self._say_ahead)", "wanted.end(self._say_ahead)"),
+            "shared_lanes_overflow": (
+                "has_slot = self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS",
+                "has_slot = True",
+            ),
+            "shared_lanes_are_of_all_tags": ("key = self._rank, receiver, tag", "key = self._rank, receiver, 0"),
+            "shared_memory_of_another_process": ("memory is None or memory._words[0] != int(token)", "memory is None"),
+            "shared_descriptors_stay_open": ("    found[rank].close()\n", ""),
+            "shared_ranks_wait_for_the_dead": ("if ended and not is_ready():", "if False:"),
+            "shared_wish_is_not_heard": (
+                "return self.wanted and not self._unavailable",
+                "return not self._unavailable",
+            ),
+        },
+    ),
+    *slips(
         "harness/run/engines/torch/tensor_parallel.py",
         "tests/test_parity.py::test_parity[2]",
         True,
@@ -226,7 +252,7 @@ SLIPS = [
         True,
         {
             "ddp_reduces_the_first": ("is_last = number + 1 == self._num_micro_batches", "is_last = number == 0"),
-            "ddp_counts_its_own_targets": ("        dist.all_reduce(valid)\n", ""),
+            "ddp_counts_its_own_targets": ("        dist.all_reduce(valid, group=self.group)\n", ""),
         },
     ),
     *slips(

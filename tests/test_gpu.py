@@ -65,7 +65,7 @@ def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> Non
         wrong = [comparison for comparison in result["comparisons"] if not comparison["passed"]]
         assert not wrong, overrides
     elif task == "comm_bench":
-        assert result["backend"] == "nccl"
+        assert result["transport"] == "nccl"
         assert result["hardware"]["device_name"] == "Stand-in GPU"
         assert all(seconds > 0 for found in result["measurements"] for seconds in found["seconds"])
     else:

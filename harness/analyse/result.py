@@ -42,6 +42,7 @@ def build_result(
     peak_memory_bytes: Sequence[int],
     corpus: Corpus,
     optimizer: str,
+    transport: str,
     extras: Extras,
 ) -> dict[str, Any]:
     """What is written, as rank 0 knows it.
@@ -50,6 +51,7 @@ def build_result(
         run: as the ranks measured it; what its files and the datasheets say is added here.
         peak_memory_bytes: by rank.
         optimizer: class of what takes the steps.
+        transport: what carries messages between ranks; empty for one.
         extras: notes what can't be found out.
     """
     config, machine = run.config, run.machine
@@ -78,6 +80,7 @@ def build_result(
         "peak_memory_bytes": list(peak_memory_bytes),
         "data": {"source": corpus.description, "num_tokens": corpus.num_tokens, "sha256": corpus.fingerprint},
         "optimizer": optimizer,
+        "transport": transport or None,
         "compiled": run.compiled.outcome if run.compiled else "no",
         **dict.fromkeys(("accounting", "bubble", "lost")),
         **explained,

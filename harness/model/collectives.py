@@ -63,7 +63,7 @@ def all_gather(tensor: Tensor, group: Group, overlap: bool = False) -> Collectiv
 
 def reduce_scatter(chunks: Tensor, group: Group, overlap: bool = False) -> Collective:
     """The sum over ranks of this rank's chunk: [ranks, ...], contiguous -> [...]."""
-    own, ranks = torch.empty_like(chunks[0]), group.process_group
+    own, ranks = chunks.new_empty(chunks.shape[1:]), group.process_group
     with group.parts.part("tp_reduce_scatter"):
         work = dist.reduce_scatter_single(own.view(-1), chunks.view(-1), group=ranks, async_op=overlap)
     return Collective("tp_reduce_scatter", group, work, own)

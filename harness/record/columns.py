@@ -533,7 +533,7 @@ COLUMNS = (
         "what carried messages between ranks, with the axes (`tp`, `pp`, `dp`) where they differ: `nccl`, "
         "`shared memory` (ranks of one host without GPUs), or `gloo`, with the reason where memory can't be shared; "
         "empty for one rank",
-        measured=lambda run: run.transport or None,
+        attempt=lambda tried: tried.result.get("transport"),
         shown=Shown(("", "transport"), place=SETTING, only_varying=True),
     ),
     Column(
@@ -541,7 +541,7 @@ COLUMNS = (
         "",
         "whether blocks trained through torch.compile: `yes`, `no` (`model.compile=false`), or which ranks computed "
         "without, where it failed, and why; of several repeats the first where it did",
-        attempt=lambda tried: tried.compiled,
+        attempt=lambda tried: tried.result.get("compiled"),
         repeats=lambda values: next((value for value in values if value not in ("yes", "no")), values[-1]),
         shown=Shown(("", "compiled"), lambda outcome: outcome.split()[0], place=SETTING, only_varying=True),
     ),

@@ -25,7 +25,7 @@ def row(attempt: Attempt, reference: Mapping[str, Any] | None = None) -> Row:
         reference: the environment of now; an attempt measured in another one is stale.
     """
     status, result = attempt.status(), attempt.result() or {}
-    tried = Tried(attempt, status, read_measured(attempt.parity_file) or {}, reference, result.get("compiled"))
+    tried = Tried(attempt, status, read_measured(attempt.parity_file) or {}, reference, result)
     found: Row = dict.fromkeys(columns.names()) | columns.attempt_columns(tried)
     try:
         config = attempt.config()

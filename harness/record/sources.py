@@ -40,8 +40,6 @@ class MeasuredRun:
     peak_flops_per_second: float | None = None
     """Dense datasheet peak of one device; None for an unknown device."""
     bubble_fraction_simulated: float | None = None
-    transport: str = ""
-    """What carried messages between ranks."""
     compiled: Compiled | None = None
 
     @property
@@ -108,8 +106,8 @@ class Tried:
     """Content of parity.json; empty without a check."""
     reference: Mapping[str, Any] | None
     """The environment of now."""
-    compiled: str | None
-    """As result.json says it."""
+    result: Mapping[str, Any]
+    """Content of result.json; empty without."""
 
     @property
     def is_stale(self) -> bool | None:

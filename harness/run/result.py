@@ -46,7 +46,7 @@ def write_result(
     phase("closing its files")
     extras.part("the end of the span files", loop.close)
     dist.barrier(group=loop.group)  # what is written from here on stands for all ranks
-    run = MeasuredRun(config, loop.records, machine, transport=loop.engine.transport, compiled=compiled)
+    run = MeasuredRun(config, loop.records, machine, compiled=compiled)
     if loop.rank == 0:
         beginning = {"row": measured_columns(run), "missing": ["all but the row: the run was ended"]}
         extras.part("result.partial.json", lambda: write_json(attempt.partial_result_file, beginning))
@@ -58,7 +58,7 @@ def write_result(
     phase("writing the result")
     if loop.rank == 0:
         run, engine = replace(run, gemm_flops_per_second=gemm), loop.engine
-        facts = (engine.blocks_per_part, loop.peak_bytes, corpus, engine.optimizer_name)
+        facts = (engine.blocks_per_part, loop.peak_bytes, corpus, engine.optimizer_name, engine.transport)
         result = build_result(attempt, run, *facts, extras)
         write_json(attempt.result_file, result)
         attempt.partial_result_file.unlink(missing_ok=True)

@@ -239,16 +239,24 @@ class SharedMemoryGroup(dist.ProcessGroup):
         return self._shares and all(t.is_contiguous() and t.numel() > 0 and t.device.type == "cpu" for t in tensors)
 
     def _begin(self, pieces: Sequence[Tensor | None], hear: Callable[[int], None]) -> dist.Work:
-        if self._begun and not self._begun[-1].all_said:
-            self._end(self._begun[-1])
         exchange = Exchange(self._said, pieces, hear, self._end)
         self._begun.append(exchange)
+        self._say_ahead()
         return exchange
 
+    @torch.no_grad()
+    def _say_ahead(self) -> None:
+        """Say what there is room for; whoever begins waits for nobody."""
+        for exchange in self._begun:
+            if not exchange.say_ahead():
+                break
+
+    @torch.no_grad()
     def _end(self, wanted: Exchange) -> None:
         """End what has begun, in its order, up to the exchange that is wanted."""
         while not wanted.is_completed():
-            self._begun.popleft().end()
+            self._begun[0].end(self._say_ahead)
+            self._begun.popleft()
 
     # --- messages from one rank to another
 
@@ -258,10 +266,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
         if not self._takes(tensor):
             return self.by_gloo("send", tensors, receiver, tag)
         key = self._rank, receiver, tag
-        if key not in self._lanes:
-            self._lanes[key] = Lane(self._peers)
-            self._lanes[key].make(self._store, key, tensor.nbytes)
-        return Done() if self._lanes[key].put(tensor) else self.by_gloo("send", tensors, receiver, tag)
+        return Done() if self._lane(key).put(tensor) else self.by_gloo("send", tensors, receiver, tag)
 
     def recv(self, tensors: list[Tensor], sender: int, tag: int) -> dist.Work:
         """Expect a message; those of one sender and tag come in their order."""
@@ -269,11 +274,12 @@ class SharedMemoryGroup(dist.ProcessGroup):
         if not self._takes(tensor):
             return self.by_gloo("recv", tensors, sender, tag)
         key = sender, self._rank, tag
+        return Message(self._lane(key), tensor, partial(self.by_gloo, "recv", tensors, sender, tag))
+
+    def _lane(self, key: tuple[int, int, int]) -> Lane:
         if key not in self._lanes:
-            self._lanes[key] = Lane(self._peers)
-        lane = self._lanes[key]
-        by_gloo = partial(self.by_gloo, "recv", tensors, sender, tag)
-        return Message(lane, tensor, partial(lane.find, self._store, key), by_gloo)
+            self._lanes[key] = Lane(self._store, key, self._peers)
+        return self._lanes[key]
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -321,28 +327,30 @@ class Exchange(dist.Work):
         super().__init__()
         self._ring, self._pieces, self._hear, self._end_through = ring, pieces, hear, end
         self._num_said = self._num_heard = 0
-        while not self.all_said and ring.has_room():
-            self._say()
 
-    @property
-    def all_said(self) -> bool:
-        """Whether this rank has nothing left to say."""
+    def say_ahead(self) -> bool:
+        """Say what there is room for; whether all is said."""
+        while self._num_said < len(self._pieces) and self._ring.has_room():
+            self._say()
         return self._num_said == len(self._pieces)
 
     def _say(self) -> None:
         self._ring.say(self._pieces[self._num_said])
         self._num_said += 1
 
-    def end(self) -> None:
-        """Hear the others."""
+    def end(self, say_ahead: Callable[[], None]) -> None:
+        """Say the rest, and hear the others.
+
+        Args:
+            say_ahead: called where there may be room.
+        """
         while not self.is_completed():
             if self._num_said == self._num_heard:
                 self._say()
             self._hear(self._num_heard)
             self._ring.heard()
             self._num_heard += 1
-            while not self.all_said and self._ring.has_room():
-                self._say()
+            say_ahead()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Until the tensor holds the result."""
@@ -406,79 +414,98 @@ class Ring:
 class Lane:
     """Messages of one rank to another under one tag, in their order.
 
-    In the memory of the sender: the number of messages sent, the number of those taken that had a slot, for each
-    message whether it has one, slots.
+    In the memory of the sender: the number of messages sent, the numbers of those taken and of the slots taken with
+    them, of each message by which way it comes, slots. For larger messages than fit into its slots it makes others.
     """
 
-    def __init__(self, peers: Peers) -> None:
-        self._peers = peers
-        self._memory: Memory | None = None
-        self._number = self._num_in_slots = 0
+    OTHERWISE, IN_SLOT, IN_LARGER_SLOT = range(3)
+    """Ways of a message."""
+
+    def __init__(self, store: Store, key: tuple[int, int, int], peers: Peers) -> None:
+        self._store, self._key, self._peers = store, key, peers
+        self._memories: list[Memory] = []
         self.expected: deque[Message] = deque()
 
-    def make(self, store: Store, key: tuple[int, int, int], slot_bytes: int) -> None:
-        """Of the sender, with the first message: make memory for messages of up to `slot_bytes`."""
-        memory = Memory.make(2 * LINE + 8 * NUM_LANE_ENTRIES + NUM_LANE_SLOTS * slot_bytes)
-        store.set(f"lane/{key}", f"{slot_bytes} {memory.address}")
-        self._use(memory, slot_bytes)
-
-    def find(self, store: Store, key: tuple[int, int, int]) -> None:
-        """Of the receiver: wait for the first message."""
-        if self._memory is None:
-            self._peers.wait(lambda: store.check([f"lane/{key}"]))
-            slot_bytes, address = store.get(f"lane/{key}").decode().split(" ", 1)
-            self._use(Memory.find(address), int(slot_bytes))
-
-    def _use(self, memory: Memory, slot_bytes: int) -> None:
-        self._sent, self._taken = memory.word(0), memory.word(LINE)
-        self._has_slot = memory.word(2 * LINE, NUM_LANE_ENTRIES)
-        first = 2 * LINE + 8 * NUM_LANE_ENTRIES
-        self._slots = [memory.bytes(first + slot * slot_bytes, slot_bytes) for slot in range(NUM_LANE_SLOTS)]
-        self._memory = memory
-
+    @torch.no_grad()
     def put(self, tensor: Tensor) -> bool:
-        """Send a message; False where it has no slot, and is to go another way."""
-        has_slot = tensor.nbytes <= self._slots[0].nbytes and self._num_in_slots - self._taken[0] < NUM_LANE_SLOTS
+        """Send a message; False where there is no slot for it, and it is to go another way."""
+        if not self._memories:
+            self._make(tensor.nbytes)
+        elif tensor.nbytes > self._slots[0].nbytes:
+            self._announce(self.IN_LARGER_SLOT)
+            self._make(tensor.nbytes)
+        has_slot = self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS
         if has_slot:
             self._slots[self._num_in_slots % NUM_LANE_SLOTS][: tensor.nbytes].copy_(_bytes(tensor))
             self._num_in_slots += 1
-        self._has_slot[self._number % NUM_LANE_ENTRIES] = has_slot
-        self._number += 1
-        self._sent[0] = self._number
+        self._announce(self.IN_SLOT if has_slot else self.OTHERWISE)
         return has_slot
 
+    @torch.no_grad()
     def take(self, tensor: Tensor) -> bool:
-        """Wait for the next message, and take it; False where it has no slot, and goes another way."""
-        number = self._number
-        self._peers.wait(lambda: self._sent[0] > number)
+        """Wait for the next message, and take it; False where it has no slot, and comes another way."""
+        if not self._memories:
+            self._find()
+        while (way := self._next_way()) == self.IN_LARGER_SLOT:
+            self._find()
+        if way == self.IN_SLOT:
+            _bytes(tensor).copy_(self._slots[self._num_in_slots % NUM_LANE_SLOTS][: tensor.nbytes])
+            self._num_in_slots += 1
+            self._slots_taken[0] = self._num_in_slots
         self._number += 1
-        if not self._has_slot[number % NUM_LANE_ENTRIES]:
-            return False
-        _bytes(tensor).copy_(self._slots[self._num_in_slots % NUM_LANE_SLOTS][: tensor.nbytes])
-        self._num_in_slots += 1
-        self._taken[0] = self._num_in_slots
-        return True
+        self._taken[0] = self._number
+        return way == self.IN_SLOT
+
+    def _announce(self, way: int) -> None:
+        self._peers.wait(lambda: self._number - self._taken[0] < NUM_LANE_ENTRIES)
+        self._ways[self._number % NUM_LANE_ENTRIES] = way
+        self._number += 1
+        self._sent[0] = self._number
+
+    def _next_way(self) -> int:
+        self._peers.wait(lambda: self._sent[0] > self._number)
+        return self._ways[self._number % NUM_LANE_ENTRIES]
+
+    def _make(self, slot_bytes: int) -> None:
+        """Of the sender: memory for messages of up to so many bytes."""
+        memory = Memory.make(3 * LINE + 8 * NUM_LANE_ENTRIES + NUM_LANE_SLOTS * slot_bytes)
+        self._store.set(self._name(), f"{slot_bytes} {memory.address}")
+        self._use(memory, slot_bytes)
+
+    def _find(self) -> None:
+        """Of the receiver: the memory that the sender has made, or will have made with its first message."""
+        name = self._name()
+        self._peers.wait(lambda: self._store.check([name]))
+        slot_bytes, address = self._store.get(name).decode().split(" ", 1)
+        self._use(Memory.find(address), int(slot_bytes))
+
+    def _name(self) -> str:
+        return f"lane/{self._key}/{len(self._memories)}"
+
+    def _use(self, memory: Memory, slot_bytes: int) -> None:
+        self._memories.append(memory)  # the other may not have found those before yet
+        self._number = self._num_in_slots = 0
+        self._sent, self._taken, self._slots_taken = (memory.word(line * LINE) for line in range(3))
+        self._ways = memory.word(3 * LINE, NUM_LANE_ENTRIES)
+        first = 3 * LINE + 8 * NUM_LANE_ENTRIES
+        self._slots = [memory.bytes(first + slot * slot_bytes, slot_bytes) for slot in range(NUM_LANE_SLOTS)]
 
 
 class Message(dist.Work):
     """A message that is expected. Who waits for one takes those that were expected before it.
 
     Args:
-        find: the lane, once it has a first message.
         receive_otherwise: where the message has no slot.
     """
 
-    def __init__(
-        self, lane: Lane, tensor: Tensor, find: Callable[[], None], receive_otherwise: Callable[[], dist.Work]
-    ) -> None:
+    def __init__(self, lane: Lane, tensor: Tensor, receive_otherwise: Callable[[], dist.Work]) -> None:
         super().__init__()
-        self._lane, self._tensor, self._find, self._receive_otherwise = lane, tensor, find, receive_otherwise
+        self._lane, self._tensor, self._receive_otherwise = lane, tensor, receive_otherwise
         self._is_taken = False
         lane.expected.append(self)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Until the tensor holds it."""
-        self._find()
         while not self._is_taken:
             self._lane.expected.popleft()._take()
         return True

@@ -20,6 +20,7 @@ from harness.record.columns import number
 from harness.record.heartbeat import Heart, Phase
 from harness.record.store import Attempt, write_json
 from harness.run.instruments.gemm import synchronize
+from harness.run.shared_memory import describe_transports, share_memory
 from harness.run.tasks.train import set_up_device
 from harness.spec.config import RunConfig
 
@@ -38,27 +39,29 @@ def comm_bench(attempt: Attempt, config: RunConfig, rank: int) -> None:
     machine = detect_machine()
     device = set_up_device(config, machine)
     parallel = config.parallel
+    share_memory(parallel.shared_memory)
     topology = parallel.topology
     phase = Heart(attempt.path, rank).phase
-    measurements = []
+    measurements, transports = [], dict[str, ProcessGroup | None]()
     for axis, operations in OPERATIONS.items():
         members = topology.groups(axis)
         if len(members[0]) > 1:
-            group = create_groups(members, rank)
+            group = transports[axis] = create_groups(members, rank)
             for operation in operations:
                 sizes, seconds = _measure(axis, operation, group, config, device, phase)
                 measurements.append(Measurement(axis, group.size(), operation, sizes, seconds))
     phase("writing the result")
     if rank != 0:
         return
+    transport = describe_transports(transports)
     result = {
         "layout": {"tp": parallel.tp, "pp": parallel.pp, "dp": parallel.dp},
         "precision": config.train.precision,
-        "backend": dist.get_backend(),
+        "transport": transport,
         "hardware": machine.describe(),
         "measurements": [_described(measurement) for measurement in measurements],
     }
-    _print(config, measurements)
+    _print(config, measurements, transport)
     file = communication_file(config, machine)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -109,9 +112,9 @@ def _build_operation(operation: Operation, group: ProcessGroup, whole: torch.Ten
     if operation == "all_reduce":
         return lambda _: dist.all_reduce(whole, group=group)
     if operation == "all_gather":
-        return lambda _: dist.all_gather(list(whole.chunk(len(ranks))), part, group=group)
+        return lambda _: dist.all_gather_single(whole, part, group=group)
     if operation == "reduce_scatter":
-        return lambda _: dist.reduce_scatter(part, list(whole.chunk(len(ranks))), group=group)
+        return lambda _: dist.reduce_scatter_single(part, whole, group=group)
     if operation == "broadcast":
         return lambda turn: dist.broadcast(whole, src=ranks[turn % len(ranks)], group=group)
     received = torch.empty_like(whole)
@@ -142,12 +145,12 @@ def _sample(operate: Operate, device: torch.device) -> float:
     return (time.perf_counter() - start) / ITERATIONS
 
 
-def _print(config: RunConfig, measurements: list[Measurement]) -> None:
+def _print(config: RunConfig, measurements: list[Measurement], transport: str) -> None:
     """A line per size, and the fit of each operation."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{config.slug} {config.train.precision} over {dist.get_backend()}")
+    table = Table(title=f"{config.slug} {config.train.precision} over {transport}")
     for heading in ("group", "operation", "KiB", "us", "algorithm GB/s", "bus GB/s"):
         table.add_column(heading, justify="left" if heading in ("group", "operation") else "right")
     for found in measurements:
