@@ -99,10 +99,12 @@ def build_bare(config: Any, rank: int) -> Any:
     from harness.run.engines.deepspeed.pipeline import PartedPipeline
     from harness.run.engines.deepspeed.settings import build_deepspeed_config
     from harness.run.optimizer import build_learning_rate, build_optimizer
+    from harness.run.shared_memory import share_memory
     from harness.spec.partition import layers_per_part
     from harness.spec.placement import Placement
     from harness.spec.topology import Topology
 
+    share_memory(False)  # its groups are DeepSpeed's own, over gloo
     settings = {**build_deepspeed_config(config), "gradient_clipping": config.train.gradient_clipping}
     topology = Topology(pp=config.parallel.pp, dp=config.parallel.dp, tp=config.parallel.tp)
     tp = build_tensor_parallel(topology, rank, config.model.num_key_value_heads)
