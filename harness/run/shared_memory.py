@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -101,7 +102,10 @@ def _by_gloo(name: str) -> Any:
 class SharedMemoryGroup(dist.ProcessGroup):
     """A process group over gloo, some of whose operations go through memory. Ranks are those of the group."""
 
+    all_gather_single_coalesced = _by_gloo("allgather_into_tensor_coalesced")
     allgather = _by_gloo("allgather")
+    allgather_coalesced = _by_gloo("allgather_coalesced")
+    allreduce_coalesced = _by_gloo("allreduce_coalesced")
     all_to_all_single = _by_gloo("alltoall_base")
     alltoall = _by_gloo("alltoall")
     barrier = _by_gloo("barrier")
@@ -109,6 +113,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
     recv_anysource = _by_gloo("recv_anysource")
     reduce = _by_gloo("reduce")
     reduce_scatter = _by_gloo("reduce_scatter")
+    reduce_scatter_single_coalesced = _by_gloo("reduce_scatter_tensor_coalesced")
     scatter = _by_gloo("scatter")
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
@@ -154,7 +159,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
         work: dist.Work = getattr(self._gloo, name)(*arguments, **options)
         return work
 
-    # --- collectives: all ranks begin, and end, the same ones in the same order
+    # --- collectives: all ranks begin, and wait for, the same ones in the same order, those of other groups among them,
+    # as nothing goes on while nobody waits
 
     def allreduce(  # type: ignore[override]
         self, tensors: list[Tensor], opts: Any = None
@@ -229,7 +235,7 @@ class SharedMemoryGroup(dist.ProcessGroup):
 
     def _reduce_scatter_by_gloo(self, output: Tensor, input: Tensor, opts: Any) -> dist.Work:
         """gloo makes an all-reduce of it, in twice the time of this."""
-        if opts.reduceOp != dist.ReduceOp.SUM:
+        if opts.reduceOp != dist.ReduceOp.SUM or output.numel() == 0:
             return self.by_gloo("_reduce_scatter_base", output, input, opts)
         received = torch.empty_like(input)
         work = self.by_gloo("alltoall_base", received, input, [], [], AllToAllOptions())
@@ -424,17 +430,16 @@ class Lane:
     def __init__(self, store: Store, key: tuple[int, int, int], peers: Peers) -> None:
         self._store, self._key, self._peers = store, key, peers
         self._memories: list[Memory] = []
+        self._num_made = 0
         self.expected: deque[Message] = deque()
 
     @torch.no_grad()
     def put(self, tensor: Tensor) -> bool:
         """Send a message; False where there is no slot for it, and it is to go another way."""
-        if not self._memories:
+        if not self._memories or tensor.nbytes > self._slots[0].nbytes:
             self._make(tensor.nbytes)
-        elif tensor.nbytes > self._slots[0].nbytes:
-            self._announce(self.IN_LARGER_SLOT)
-            self._make(tensor.nbytes)
-        has_slot = self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS
+        fits = tensor.nbytes <= self._slots[0].nbytes
+        has_slot = fits and self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS
         if has_slot:
             self._slots[self._num_in_slots % NUM_LANE_SLOTS][: tensor.nbytes].copy_(_bytes(tensor))
             self._num_in_slots += 1
@@ -467,23 +472,38 @@ class Lane:
         return self._ways[self._number % NUM_LANE_ENTRIES]
 
     def _make(self, slot_bytes: int) -> None:
-        """Of the sender: memory for messages of up to so many bytes."""
-        memory = Memory.make(3 * LINE + 8 * NUM_LANE_ENTRIES + NUM_LANE_SLOTS * slot_bytes)
+        """Of the sender: memory for messages of up to so many bytes, if there is any; without, old slots stay."""
+        try:
+            memory = Memory.make(3 * LINE + 8 * NUM_LANE_ENTRIES + NUM_LANE_SLOTS * slot_bytes)
+        except Unavailable:
+            if not self._memories:
+                raise
+            return
+        if self._memories:
+            self._announce(self.IN_LARGER_SLOT)
+            if self._num_made > 1 and self._taken[0] > 0:  # the other has left those before
+                del self._memories[:-1]
         self._store.set(self._name(), f"{slot_bytes} {memory.address}")
         self._use(memory, slot_bytes)
 
     def _find(self) -> None:
         """Of the receiver: the memory that the sender has made, or will have made with its first message."""
         name = self._name()
-        self._peers.wait(lambda: self._store.check([name]))
-        slot_bytes, address = self._store.get(name).decode().split(" ", 1)
-        self._use(Memory.find(address), int(slot_bytes))
+        try:
+            self._peers.wait(lambda: self._store.check([name]))
+            slot_bytes, address = self._store.get(name).decode().split(" ", 1)
+            memory = Memory.find(address)
+        except (dist.DistError, Unavailable) as error:  # of the rank that keeps the store, or of the sender
+            raise RuntimeError(f"connection closed by peer before its first message: {error}") from None
+        self._memories.clear()
+        self._use(memory, int(slot_bytes))
 
     def _name(self) -> str:
-        return f"lane/{self._key}/{len(self._memories)}"
+        return f"lane/{self._key}/{self._num_made}"
 
     def _use(self, memory: Memory, slot_bytes: int) -> None:
-        self._memories.append(memory)  # the other may not have found those before yet
+        self._memories.append(memory)  # of the sender, those before too: the other may not have found them yet
+        self._num_made += 1
         self._number = self._num_in_slots = 0
         self._sent, self._taken, self._slots_taken = (memory.word(line * LINE) for line in range(3))
         self._ways = memory.word(3 * LINE, NUM_LANE_ENTRIES)
@@ -669,8 +689,10 @@ def _has_ended(pid: int) -> bool:
     """Also of a process that nobody has waited for."""
     try:
         descriptor = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return True
+    except OSError:  # the kernel is too old, or does not allow it
+        return not psutil.pid_exists(pid)
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)

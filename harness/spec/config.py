@@ -154,7 +154,7 @@ class Parallel(Section):
     in the configuration: what the layers take on this machine."""
     shared_memory: bool = True
     """Without GPUs, ranks of one host talk through memory that they share; false: through gloo, as ranks of several
-    hosts do."""
+    hosts do, and those of torch's own engines."""
     schedule_passes: list[str] | None = None
     """What parallel.schedule=FILE.csv holds, a line per stage; filled in from the file."""
 

@@ -1,6 +1,6 @@
 """DeepSpeed's pipeline engine with schedules of ours: the one place that knows how it executes them.
 
-Its step stays: gradient reduction, ZeRO, the optimizers of bf16 and fp16, the loss over replicas. What comes before is
+Its step stays: ZeRO, the optimizers of bf16 and fp16, the loss over replicas. What comes before is
 done here, because `PipelineEngine` has one loss, one gradient and one receive buffer at a time and a single chunk of
 layers: here each micro-batch has its own with each chunk. So what observers see of kind, micro-batch and chunk is what
 the schedule says, and nobody counts.
@@ -233,18 +233,18 @@ class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no
         self._transfers.send(instruction, self._gradients_to_send.pop(place))
 
     def _reduce_gradients(self) -> None:
-        """Average over replicas: with DeepSpeed's ZeRO optimizer its way, else in place."""
-        if self.zero_optimization() and not self.using_bf16_optimizer:
+        """Average over replicas: DeepSpeed's way, but for plain fp32, which needs no copy of the gradients."""
+        is_plain = not self.zero_optimization() and not self.using_bf16_optimizer and self._scales_once()
+        if not is_plain:
             self._exec_reduce_grads()
         elif self.dp_world_size > 1:
-            average(self._gradients_to_reduce(), self.mpu.get_data_parallel_group())
-
-    def _gradients_to_reduce(self) -> list[Tensor]:
-        if self.using_bf16_optimizer:
-            gradients, _ = self.optimizer.get_grads_for_reduction()
-        else:
             gradients, _ = self._get_gradients_for_reduction()
-        return list(gradients)
+            average(gradients, self.mpu.get_data_parallel_group())
+
+    def _scales_once(self) -> bool:
+        """Whether gradients are summed in their own type, and then divided, which settings of DeepSpeed may change."""
+        in_fp32 = self.communication_data_type == torch.float32
+        return bool(in_fp32 and self.postscale_gradients() and self.gradient_predivide_factor() == 1.0)
 
     # --- what they have in common
 

@@ -83,7 +83,7 @@ class Messages:
 class Channels:
     """The ways between the stages of this rank's pipeline.
 
-    Over gloo the lanes between two stages differ in their tag. NCCL has no tags, and what two ranks send each other in
+    On CPU the lanes between two stages differ in their tag. NCCL has no tags, and what two ranks send each other in
     one group waits for what they sent before: there each tag is a group, which has a communicator for each two ranks.
 
     Args:
