@@ -31,6 +31,8 @@ TASKS = {task: f"harness.run.tasks.{task}" for task in ("train", "verify", "comm
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
 
 STOPS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+STOP_SECONDS = 0.05
+"""From a signal to stop to its consequences: for the one that it came of to arrive."""
 ERROR_SECONDS = 3.0
 """For others to report, when all that a rank knows is that it lost one."""
 
@@ -183,6 +185,11 @@ def _call_when_told_to_stop(act: Callable[[BaseException], object]) -> None:
     def wait() -> None:
         while (number := os.read(told, 1)[0]) not in STOPS:
             pass
+        # `deepspeed` makes SIGTERM of Ctrl-C, and threads that are told of both may be so in any order.
+        time.sleep(STOP_SECONDS)
+        os.set_blocking(told, False)
+        with contextlib.suppress(BlockingIOError):
+            number = min([number, *(other for other in os.read(told, 64) if other in STOPS)])
         act(_Stopped(signal.Signals(number).name))
 
     threading.Thread(target=wait, daemon=True).start()
