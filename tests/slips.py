@@ -223,8 +223,8 @@ SLIPS = [
             ),
             "shared_sums_end_in_any_order": ("self._begun[0].end(self._say_ahead)", "wanted.end(self._say_ahead)"),
             "shared_lanes_overflow": (
-                "has_slot = self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS",
-                "has_slot = True",
+                "has_slot = fits and self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS",
+                "has_slot = fits",
             ),
             "shared_lanes_are_of_all_tags": ("key = self._rank, receiver, tag", "key = self._rank, receiver, 0"),
             "shared_memory_of_another_process": ("memory is None or memory._words[0] != int(token)", "memory is None"),
