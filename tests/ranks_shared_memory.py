@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import random
 import signal
@@ -223,18 +224,32 @@ def counts() -> Iterator[int]:
     yield len(list(Path("/dev/shm").iterdir()))
 
 
-def a_rank_dies(during: str) -> dict[str, Any]:
-    """What the first rank says that waits for a killed one, and when."""
+def a_rank_dies(during: str, victim: int) -> None:
+    """Leaves what the other rank says, which waits for the killed one, and after how long."""
     shared, _ = both_groups()
     dist.all_reduce(torch.ones(3), group=shared)
-    if dist.get_rank() == 1:
+    if dist.get_rank() == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()
     try:
         if during == "collective":
             dist.all_reduce(torch.ones(3), group=shared)
         else:
-            dist.recv(torch.ones(3), 1, group=shared)
+            dist.recv(torch.ones(3), victim, group=shared)
     except RuntimeError as error:
-        return {"error": str(error), "seconds": time.monotonic() - began}
-    return {}
+        Path("said.json").write_text(json.dumps({"error": str(error), "seconds": time.monotonic() - began}))
+
+
+def refusals() -> list[str]:
+    """What is said of collectives in which ranks do not do the same, and of messages from anybody."""
+    shared, _ = both_groups()
+    said = []
+    for act in (
+        lambda: dist.all_reduce(torch.ones(3 + dist.get_rank()), group=shared),
+        lambda: dist.recv(torch.ones(3), group=shared),
+    ):
+        try:
+            act()
+        except (RuntimeError, NotImplementedError) as error:
+            said.append(str(error))
+    return said

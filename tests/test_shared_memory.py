@@ -48,12 +48,22 @@ def test_groups_leave_nothing_behind(tmp_path: Path) -> None:
     assert (descriptors <= 3, names) == (True, 0)
 
 
+def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
+    assert check("refusals", 2, tmp_path) == [
+        "rank 1 of a group says 16 bytes where others say 12",
+        "a message can't be received from any rank through shared memory; name its sender",
+    ]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("during", ["collective", "message"])
-def test_who_waits_for_a_killed_rank_is_told_within_a_second(during: str, tmp_path: Path) -> None:
+def test_who_waits_for_a_killed_rank_is_told_within_a_second(during: str, victim: int, tmp_path: Path) -> None:
+    """Rank 0 keeps what ranks tell each other of where their memory is."""
     before = set(Path("/dev/shm").iterdir())
-    argument = {"check": "a_rank_dies", "with": {"during": during}}
-    assert start_ranks(2, "ranks_shared_memory", argument, tmp_path, timeout=120).wait() == [0, -9]
-    answer = read_json(tmp_path / "answer.json")
+    argument = {"check": "a_rank_dies", "with": {"during": during, "victim": victim}}
+    statuses = start_ranks(2, "ranks_shared_memory", argument, tmp_path, timeout=120).wait()
+    assert (statuses[victim], statuses[1 - victim]) == (-9, 0)
+    answer = read_json(tmp_path / "said.json")
     assert answer is not None
     assert answer["seconds"] < 1
     assert LOST_PEER.search(answer["error"])

@@ -99,8 +99,14 @@ def measured_sizes(min_bytes: int, max_bytes: int) -> list[int]:
     return [*sizes, max_bytes]
 
 
-def communication_file(config: RunConfig, machine: Machine) -> Path:
-    """Where the newest measurement of a layout on this kind of machine is kept, for predictions."""
+def communication_file(config: RunConfig, machine: Machine, transport: str) -> Path:
+    """Where the newest measurement of a layout on this kind of machine is kept, for predictions.
+
+    Args:
+        transport: what carried the messages, as rows say it; reasons don't count.
+    """
     parallel = config.parallel
     layout = f"tp{parallel.tp}_pp{parallel.pp}_dp{parallel.dp}"
-    return cache_file("comm", machine, config.train.precision, f"{config.launch.threads_per_rank}threads", layout)
+    carrier = "".join(c if c.isalnum() else "-" for c in transport.partition(":")[0])
+    threads = f"{config.launch.threads_per_rank}threads"
+    return cache_file("comm", machine, config.train.precision, threads, layout, carrier)

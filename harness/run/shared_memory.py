@@ -110,7 +110,6 @@ class SharedMemoryGroup(dist.ProcessGroup):
     alltoall = _by_gloo("alltoall")
     barrier = _by_gloo("barrier")
     gather = _by_gloo("gather")
-    recv_anysource = _by_gloo("recv_anysource")
     reduce = _by_gloo("reduce")
     reduce_scatter = _by_gloo("reduce_scatter")
     reduce_scatter_single_coalesced = _by_gloo("reduce_scatter_tensor_coalesced")
@@ -282,6 +281,14 @@ class SharedMemoryGroup(dist.ProcessGroup):
         key = sender, self._rank, tag
         return Message(self._lane(key), tensor, partial(self.by_gloo, "recv", tensors, sender, tag))
 
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
+        """Of any sender: only gloo does that, which knows nothing of lanes."""
+        if self._shares:
+            raise NotImplementedError(
+                "a message can't be received from any rank through shared memory; name its sender"
+            )
+        return self.by_gloo("recv_anysource", tensors, tag)
+
     def _lane(self, key: tuple[int, int, int]) -> Lane:
         if key not in self._lanes:
             self._lanes[key] = Lane(self._store, key, self._peers)
@@ -371,11 +378,12 @@ class Exchange(dist.Work):
 class Ring:
     """What the ranks of a group say to all, the same number of things in the same order.
 
-    In the memory of each: the number of things it has said, the number of those of all that it has heard, slots.
+    In the memory of each: the number of things it has said and the bytes of those in slots, the number of those of all
+    that it has heard, slots.
     """
 
     def __init__(self, memories: Sequence[Memory], first: int, rank: int, peers: Peers) -> None:
-        self._said = [memory.word(first) for memory in memories]
+        self._said = [memory.word(first, 1 + NUM_SLOTS) for memory in memories]
         self._heard = [memory.word(first + LINE) for memory in memories]
         self._slots = [
             [memory.bytes(first + 2 * LINE + slot * SLOT_BYTES, SLOT_BYTES) for slot in range(NUM_SLOTS)]
@@ -399,13 +407,22 @@ class Ring:
         self._peers.wait(self.has_room)
         if piece is not None:
             self._view(self._rank, self._num_said, piece).copy_(piece)
+        said = self._said[self._rank]
+        said[1 + self._num_said % NUM_SLOTS] = 0 if piece is None else piece.nbytes
         self._num_said += 1
-        self._said[self._rank][0] = self._num_said
+        said[0] = self._num_said
 
     def hear(self, rank: int, like: Tensor) -> Tensor:
-        """What a rank says next, of a known type and shape; stays as it is until `heard`."""
+        """What a rank says next, of a known type and shape; stays as it is until `heard`.
+
+        Raises:
+            RuntimeError: it is of another size: ranks do not do the same.
+        """
         said, number = self._said[rank], self._num_heard
         self._peers.wait(lambda: said[0] > number)
+        num_bytes = said[1 + number % NUM_SLOTS]
+        if num_bytes != like.nbytes:
+            raise RuntimeError(f"rank {rank} of a group says {num_bytes} bytes where others say {like.nbytes}")
         return self._view(rank, number, like)
 
     def heard(self) -> None:

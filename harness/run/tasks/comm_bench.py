@@ -62,7 +62,7 @@ def comm_bench(attempt: Attempt, config: RunConfig, rank: int) -> None:
         "measurements": [_described(measurement) for measurement in measurements],
     }
     _print(config, measurements, transport)
-    file = communication_file(config, machine)
+    file = communication_file(config, machine, transport)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, result)
