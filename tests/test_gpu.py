@@ -21,6 +21,7 @@ from harness.spec.config import REPOSITORY
 
 STEPS = ["train.steps=4", "train.warmup_steps=1", "train.global_batch_size=8", "data=synthetic"]
 SMALL = [*TINY, *STEPS, "tracking.trace_steps=[3]"]
+LARGE = ["train.micro_batch_size=64", "train.global_batch_size=512"]
 FP16 = ["train.precision=fp16", "parallel.zero_stage=1"]
 BF16 = ["train.precision=bf16"]
 BENCH = ["comm_bench.min_bytes=1024", "comm_bench.max_bytes=65536", "comm_bench.repeats=2"]
@@ -37,9 +38,9 @@ TASKS: dict[int, list[tuple[str, list[str]]]] = {
         ("verify", [*SMALL, *BF16, "parallel.pp=2"]),
         ("comm_bench", [*SMALL, *BENCH, *FP16, "parallel.pp=2"]),
     ],
-    4: [
-        ("train", [*SMALL, *BF16, "parallel.tp=2", "parallel.pp=2"]),
-        ("train", [*SMALL, *FP16, "parallel.pp=2", "parallel.dp=2"]),
+    4: [  # on fewer cores, so that steps are long beside a time slice that a rank loses between two instructions
+        ("train", [*SMALL, *LARGE, *BF16, "parallel.tp=2", "parallel.pp=2"]),
+        ("train", [*SMALL, *LARGE, *FP16, "parallel.pp=2", "parallel.dp=2"]),
         ("verify", [*SMALL, *FP16, "parallel.tp=2", "parallel.dp=2"]),
         ("comm_bench", [*SMALL, *BENCH, *BF16, "parallel.tp=2", "parallel.dp=2"]),
     ],
