@@ -63,7 +63,7 @@ def collectives(seed: int, count: int) -> list[str]:
             differing.append(name)
 
     for number in range(count):
-        kind = program.choice(["all_reduce", "all_gather", "reduce_scatter", "broadcast"])
+        kind = program.choice(["all_reduce", "mean", "all_gather", "reduce_scatter", "broadcast"])
         dtype = program.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
         elements = program.choice(SIZES)
         tensor = numbers(own, elements * (size if kind == "reduce_scatter" else 1), dtype)
@@ -72,6 +72,11 @@ def collectives(seed: int, count: int) -> list[str]:
             given = tensor.clone().requires_grad_(kind == "broadcast")  # of weights
             if kind == "all_reduce":
                 result, work = given, dist.all_reduce(given, group=group, async_op=overlaps)
+            elif kind == "mean" and group is gloo:
+                result, work = given, dist.all_reduce(given, group=group)
+                result.mul_(1 / size)
+            elif kind == "mean":
+                result, work = given, dist.all_reduce(given, dist.ReduceOp.AVG, group, async_op=overlaps)
             elif kind == "broadcast":
                 result, work = given, dist.broadcast(given, number % size, group=group, async_op=overlaps)
             elif kind == "all_gather":
@@ -152,8 +157,11 @@ def fallbacks() -> list[list[str]]:
         dist.all_gather_single(everything, total, group=group)
         part = torch.empty(5)
         dist.reduce_scatter_single(part, everything, group=group)
+        mean = torch.full((5,), float(rank))
+        dist.all_reduce(mean, dist.ReduceOp.AVG, group)
         dist.destroy_process_group(group)
-        found.append([transport_of(group), str(total.tolist() == [1.0] * 5 and part.tolist() == [2.0] * 5)])
+        is_right = [total.tolist(), part.tolist(), mean.tolist()] == [[1.0] * 5, [2.0] * 5, [0.5] * 5]
+        found.append([transport_of(group), str(is_right)])
         found[-1].append(transport_of(dist.group.WORLD))
         shared_memory.share_memory(True)
     return found

@@ -221,6 +221,9 @@ SLIPS = [
                 "for rank in range(2, self._size):\n            own.add_",
                 "for rank in range(3, self._size):\n            own.add_",
             ),
+            "shared_means_of_two_are_sums": ("                piece.mul_(factor)\n", "                pass\n"),
+            "shared_means_of_more_are_sums": ("            own.mul_(factor)\n", "            pass\n"),
+            "means_by_gloo_are_sums": ("tensor.mul_(factor) if is_mean else None", "None"),
             "shared_sums_end_in_any_order": ("self._begun[0].end(self._say_ahead)", "wanted.end(self._say_ahead)"),
             "shared_lanes_overflow": (
                 "has_slot = fits and self._num_in_slots - self._slots_taken[0] < NUM_LANE_SLOTS",

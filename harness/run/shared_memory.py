@@ -164,24 +164,33 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def allreduce(  # type: ignore[override]
         self, tensors: list[Tensor], opts: Any = None
     ) -> dist.Work:
-        """Sum over ranks, in place."""
+        """Sum or mean over ranks, in place; for a mean, which gloo has not, pieces are divided while in the cache."""
         tensor, opts = tensors[0], opts or AllreduceOptions()
-        sums = opts.reduceOp == dist.ReduceOp.SUM and tensor.dtype in SUMMED
-        if len(tensors) > 1 or not sums or not self._takes(tensor):
+        is_mean = opts.reduceOp == dist.ReduceOp.AVG
+        takes = is_mean or opts.reduceOp == dist.ReduceOp.SUM
+        if len(tensors) > 1 or not takes or tensor.dtype not in SUMMED:
             return self.by_gloo("allreduce", tensors, opts)
+        factor = 1 / self._size if is_mean else 1.0
+        if not self._takes(tensor):
+            opts.reduceOp = dist.ReduceOp.SUM
+            return Then(self.by_gloo("allreduce", tensors, opts), lambda: tensor.mul_(factor) if is_mean else None)
         pieces = _pieces(tensor)
-        return self._begin(pieces, lambda number: self._sum(pieces[number]))
+        return self._begin(pieces, lambda number: self._sum(pieces[number], factor))
 
-    def _sum(self, piece: Tensor) -> None:
+    def _sum(self, piece: Tensor, factor: float) -> None:
         """Two ranks add what the other said. More add up a share each, and say the sum, so that all get the same."""
         if self._size == 2:
             piece.add_(self._said.hear(1 - self._rank, piece))
+            if factor != 1:
+                piece.mul_(factor)
             return
         shares = piece.tensor_split(self._size)
         own = shares[self._rank]
         torch.add(*(self._said.hear(rank, piece).tensor_split(self._size)[self._rank] for rank in (0, 1)), out=own)
         for rank in range(2, self._size):
             own.add_(self._said.hear(rank, piece).tensor_split(self._size)[self._rank])
+        if factor != 1:
+            own.mul_(factor)
         self._sums.say(own)
         for rank, share in enumerate(shares):
             if rank != self._rank:

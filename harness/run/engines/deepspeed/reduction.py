@@ -17,15 +17,14 @@ def average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
 
     Args:
         gradients: of one type and in the same order on all ranks.
+        group: one that knows means, unlike gloo's.
     """
     small = [gradient for gradient in gradients if gradient.numel() < SMALL]
     large = [gradient for gradient in gradients if gradient.numel() >= SMALL]
     together = torch.cat([gradient.flatten() for gradient in small]) if small else None
-    summed = large if together is None else [*large, together]
-    for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in summed]:
+    averaged = large if together is None else [*large, together]
+    for work in [dist.all_reduce(gradient, dist.ReduceOp.AVG, group, async_op=True) for gradient in averaged]:
         work.wait()
-    for gradient in summed:
-        gradient.mul_(1 / group.size())
     if together is not None:
         parts = torch.split(together, [gradient.numel() for gradient in small])
         torch._foreach_copy_([gradient.view(-1) for gradient in small], list(parts))
