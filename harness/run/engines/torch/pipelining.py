@@ -1,7 +1,8 @@
 """Pipelines as torch has them: `torch.distributed.pipelining`, its stages and its schedules, to compare with.
 
-The layers, where they are and the optimizer are those of the other engines. The order of passes and all transfers
-between stages are torch's: nobody sees a transfer begin or end, and stages wait for them between two passes.
+The layers, where they are and the optimizer are those of the other engines, also what is left of a backward pass that
+a schedule splits (`dw_builder`). The order of passes and all transfers between stages are torch's: nobody sees a
+transfer begin or end, and stages wait for them between two passes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch.distributed.pipelining import (
 
 from harness.model.assembly import build_steps, describe_layers, part_boundaries
 from harness.model.emulated import set_stage
+from harness.model.groups import TensorParallel
+from harness.model.weight_gradients import WeightGradients, add_gradients
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
 from harness.run.engines.engine import ForwardPasses, Held, Observers
@@ -40,6 +43,8 @@ SCHEDULES: dict[str, Any] = {
     "dualpipev": ScheduleDualPipeV,
 }
 """torch's by the names of ours."""
+SPLIT = ("zb_v", "dualpipev")
+"""Those that compute gradients of inputs and of weights one after the other."""
 
 
 def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase) -> TorchEngine:
@@ -101,6 +106,11 @@ class ObservedStage(PipelineStage):
         self._observers.execute(Instruction("backward_weight", bwd_chunk_id, self._chunk), act)
 
 
+def _weight_pass(later: WeightGradients) -> Callable[[], None]:
+    """The second half of the backward pass that has just ended."""
+    return partial(add_gradients, later.take())
+
+
 class PipelinedEngine(TorchEngine):
     """An `Engine` of one stage of a pipeline, of the chunks that the configured schedule gives it."""
 
@@ -124,6 +134,8 @@ class PipelinedEngine(TorchEngine):
 
     def _build_model(self) -> nn.Module:
         config, placement = self.config, self._placement
+        if config.parallel.schedule in SPLIT:
+            self.tp = TensorParallel.single(WeightGradients())
         self.blocks_per_part = layers_per_part(config.model, config.parallel, config.train.sequence_length)
         checkpointing = config.train.activation_checkpointing == "full"
         layers = describe_layers(config.model, self.tp, checkpointing, self.streams)
@@ -161,6 +173,7 @@ class PipelinedEngine(TorchEngine):
                 group=self.group,
                 input_args=tokens if part == 0 else hidden,
                 output_args=loss if part == last else hidden,
+                dw_builder=None if self.tp.later is None else partial(_weight_pass, self.tp.later),
             )
             for chunk, part in enumerate(self._placement.parts_of(self.rank))
         ]
