@@ -699,6 +699,34 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/model/products.py",
+        "tests/test_products.py",
+        False,
+        {
+            "onednn_without_bias": ('right, bias, "none"', 'right, None, "none"'),
+            "onednn_output_is_a_view": ("torch.ops.aten._unsafe_view(rows, shape)", "rows.view(shape)"),
+            "onednn_wherever_there_is_one": ("return IS_ONEDNN_FASTER and flop", "return flop"),
+            "onednn_for_small_products": (
+                "IS_ONEDNN_FASTER and flop >= WORTHWHILE_FLOP",
+                "IS_ONEDNN_FASTER and flop > 0",
+            ),
+            "onednn_against_the_users_will": ("if _wanted is None:", "if not _wanted:"),
+            "another_engines_products_are_named": ("_wanted, _has_used_onednn = wanted, False", "_wanted = wanted"),
+        },
+    ),
+    *slips(
+        "harness/model/weight_gradients.py",
+        "tests/test_products.py",
+        False,
+        {
+            "put_off_gradients_twice": ("            return of_hidden, None, None, None\n", ""),
+            "gradient_of_the_transposed": (
+                "product(rows.t(), hidden.flatten(0, -2).t())",
+                "product(rows.t(), hidden.flatten(0, -2).t()).neg()",
+            ),
+        },
+    ),
+    *slips(
         "harness/run/engines/deepspeed/transfers.py",
         "tests/test_transfers.py",
         False,

@@ -45,6 +45,7 @@ OPTIONS: dict[str, list[list[str]]] = {
     "clipping": [["train.gradient_clipping=0"], ["train.gradient_clipping=0.3"]],  # norms are about 1
     "dropout": [["model.dropout=0.0"], ["model.dropout=0.2"]],
     "transport": [["parallel.shared_memory=true"], ["parallel.shared_memory=false"]],
+    "products": [["model.onednn=true"], ["model.onednn=false"]],
 }
 BLOCKS = {1: 3, 2: 3, 4: 5}
 """By pp: no even share."""

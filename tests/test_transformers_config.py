@@ -59,7 +59,7 @@ def test_saved_gpt2(tmp_path: Path) -> None:
         "name": tmp_path.name, "family": "gpt2", "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6,
         "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 100, "vocab_size": 300,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "norm_epsilon": 1e-5, "rope_theta": 10000.0,
-        "initializer_range": 0.02, "dropout": 0.0, "compile": False,
+        "initializer_range": 0.02, "dropout": 0.0, "compile": False, "onednn": None,
     }  # fmt: skip
     assert model.model_dump() == expected
 
@@ -79,7 +79,7 @@ def test_saved_llama(tmp_path: Path) -> None:
         "name": tmp_path.name, "family": "llama", "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 100, "vocab_size": 300,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "norm_epsilon": 1e-5, "rope_theta": 5e5,
-        "initializer_range": 0.01, "dropout": 0.0, "compile": False,
+        "initializer_range": 0.01, "dropout": 0.0, "compile": False, "onednn": None,
     }  # fmt: skip
     assert model.model_dump() == expected
 

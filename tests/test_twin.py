@@ -27,7 +27,7 @@ FIELDS = {
         "name": KEPT, "family": KEPT, "num_hidden_layers": SIZE, "hidden_size": SIZE, "num_attention_heads": SIZE,
         "num_key_value_heads": SIZE, "head_dim": SIZE, "intermediate_size": SIZE, "vocab_size": SIZE,
         "max_position_embeddings": KEPT, "tie_word_embeddings": KEPT, "norm_epsilon": KEPT, "rope_theta": KEPT,
-        "initializer_range": KEPT, "dropout": OFF, "compile": KEPT,
+        "initializer_range": KEPT, "dropout": OFF, "compile": KEPT, "onednn": KEPT,
     },
     "parallel": {
         "tp": KEPT, "pp": KEPT, "dp": KEPT, "schedule": KEPT, "partition": SIZE, "zero_stage": KEPT,

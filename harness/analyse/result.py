@@ -43,6 +43,7 @@ def build_result(
     corpus: Corpus,
     optimizer: str,
     transport: str,
+    matrix_products: str,
     extras: Extras,
 ) -> dict[str, Any]:
     """What is written, as rank 0 knows it.
@@ -52,6 +53,7 @@ def build_result(
         peak_memory_bytes: by rank.
         optimizer: class of what takes the steps.
         transport: what carries messages between ranks; empty for one.
+        matrix_products: what computed them.
         extras: notes what can't be found out.
     """
     config, machine = run.config, run.machine
@@ -81,6 +83,7 @@ def build_result(
         "data": {"source": corpus.description, "num_tokens": corpus.num_tokens, "sha256": corpus.fingerprint},
         "optimizer": optimizer,
         "transport": transport or None,
+        "matrix_products": matrix_products,
         "compiled": run.compiled.outcome if run.compiled else "no",
         **dict.fromkeys(("accounting", "bubble", "lost")),
         **explained,

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from harness.model.groups import Group
+from harness.model.products import product
 from harness.model.uncompiled import apply
 from harness.model.weight_gradients import WeightGradients, product_gradients
 
@@ -142,13 +142,13 @@ class _CopiedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.weight, ctx.bias, ctx.group, ctx.later = weight, bias, group, later
-        return F.linear(hidden, weight, bias)
+        return product(hidden, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
         has_bias = bias is not None
-        reduced = all_reduce(gradient @ weight, ctx.group, overlap=True)
+        reduced = all_reduce(product(gradient, weight.t()), ctx.group, overlap=True)
         if ctx.later is not None:
             ctx.later.leave(lambda: product_gradients(gradient, hidden, has_bias), weight, bias)
             return reduced.wait(), None, None, None, None
@@ -186,7 +186,7 @@ class _GatheredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.weight, ctx.bias, ctx.group, ctx.later = weight, bias, group, later
-        return F.linear(_gather(hidden, SEQUENCE, group), weight, bias)
+        return product(_gather(hidden, SEQUENCE, group), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
@@ -197,9 +197,9 @@ class _GatheredLinear(torch.autograd.Function):
                 return product_gradients(gradient, _gather(hidden, SEQUENCE, group), bias is not None)
 
             ctx.later.leave(of_parameters, weight, bias)
-            return _scatter_sum(gradient @ weight, SEQUENCE, group).wait(), None, None, None, None
+            return _scatter_sum(product(gradient, weight.t()), SEQUENCE, group).wait(), None, None, None, None
         gathered = all_gather(hidden, group, overlap=True)
-        scattered = _scatter_sum(gradient @ weight, SEQUENCE, group, overlap=True)
+        scattered = _scatter_sum(product(gradient, weight.t()), SEQUENCE, group, overlap=True)
         whole = _concatenated(gathered.wait(), SEQUENCE)
         of_weight, *of_bias = product_gradients(gradient, whole, bias is not None)
         return scattered.wait(), of_weight, of_bias[0] if of_bias else None, None, None

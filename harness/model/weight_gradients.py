@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.model.products import goes_through_onednn, product
 from harness.model.uncompiled import apply
 
 
@@ -71,7 +72,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGra
     Args:
         later: takes the gradients of weight and bias; None: backward computes them at once.
     """
-    if later is None:
+    if later is None and not goes_through_onednn(hidden, weight):
         return F.linear(hidden, weight, bias)
     return apply(_Linear, hidden, weight, bias, later)
 
@@ -84,14 +85,14 @@ def embedding(rows: Tensor, weight: Tensor, later: WeightGradients | None) -> Te
 
 
 def product_gradients(gradient: Tensor, hidden: Tensor, has_bias: bool) -> list[Tensor]:
-    """Gradients of a product's weight [out, in] and bias [out], if it has one, as F.linear computes them.
+    """Gradients of a product's weight [out, in] and bias [out], if it has one, as F.linear has them.
 
     Args:
         gradient: of the output, [..., out].
         hidden: the input, [..., in].
     """
     rows = gradient.flatten(0, -2)
-    of_weight = rows.t() @ hidden.flatten(0, -2)
+    of_weight = product(rows.t(), hidden.flatten(0, -2).t())
     return [of_weight, rows.sum(dim=0)] if has_bias else [of_weight]
 
 
@@ -110,16 +111,20 @@ class _GradientsOf(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.weight, ctx.bias, ctx.later = weight, bias, later
-        return F.linear(hidden, weight, bias)
+        return product(hidden, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
-        ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), weight, bias)
-        return gradient @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        of_hidden = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        if ctx.later is not None:
+            ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), weight, bias)
+            return of_hidden, None, None, None
+        of_weight, *of_bias = product_gradients(gradient, hidden, bias is not None)
+        return of_hidden, of_weight, of_bias[0] if of_bias else None, None
 
 
 class _Embedding(torch.autograd.Function):

@@ -554,6 +554,14 @@ COLUMNS = (
         early=True,
         shown=Shown(("compile", "s"), scaled(1), dispensable=1),
     ),
+    Column(
+        "matrix_products",
+        "",
+        "what computed those of the layers on rank 0: `onednn` (`model.onednn`; torch where oneDNN isn't faster) or "
+        "`torch`",
+        attempt=lambda tried: tried.result.get("matrix_products"),
+        shown=Shown(("matrix", "products"), place=SETTING, only_varying=True),
+    ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from harness.analyse.result import Extras, build_result
 from harness.corpus import Corpus
 from harness.machine import Machine
+from harness.model.products import library
 from harness.record.columns import measured_columns
 from harness.record.heartbeat import Phase
 from harness.record.sources import Compiled, MeasuredRun
@@ -58,7 +59,7 @@ def write_result(
     phase("writing the result")
     if loop.rank == 0:
         run, engine = replace(run, gemm_flops_per_second=gemm), loop.engine
-        facts = (engine.blocks_per_part, loop.peak_bytes, corpus, engine.optimizer_name, engine.transport)
+        facts = (engine.blocks_per_part, loop.peak_bytes, corpus, engine.optimizer_name, engine.transport, library())
         result = build_result(attempt, run, *facts, extras)
         write_json(attempt.result_file, result)
         attempt.partial_result_file.unlink(missing_ok=True)

@@ -89,6 +89,9 @@ class Model(Section):
     compile: bool = False
     """Blocks train through torch.compile, which happens once, before the first step (`compile_seconds`); where it
     fails, a rank computes without, and its row says why."""
+    onednn: bool | None = None
+    """fp32 products on CPUs go through oneDNN; null: those that it is faster for than torch's usual library, which are
+    the larger ones on AMD processors with AVX-512."""
 
     @property
     def architecture(self) -> Architecture:

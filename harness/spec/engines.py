@@ -73,6 +73,11 @@ def check_dtensor(config: RunConfig) -> None:
         raise ConfigError(
             "parallel.engine=dtensor compiles nothing; use model.compile=false or parallel.engine=deepspeed"
         )
+    if model.onednn:
+        raise ConfigError(
+            "parallel.engine=dtensor computes products as torch does; use model.onednn=null or "
+            "parallel.engine=deepspeed"
+        )
     if model.num_key_value_heads % tp:
         raise ConfigError(
             f"parallel.engine=dtensor can't share model.num_key_value_heads={model.num_key_value_heads} among "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.model.dropout import RandomStreams
 from harness.model.groups import TensorParallel
+from harness.model.products import use_onednn
 from harness.record.heartbeat import Phase, no_phase
 from harness.run.compilation import Compilation
 from harness.run.data import MicroBatch
@@ -187,12 +188,14 @@ def build_engine(
 ) -> Engine:
     """Build this rank's part of the model and the engine that `parallel.engine` names. Collective.
 
-    The process group must exist and have `config.parallel.world_size` ranks.
+    What computes matrix products is chosen for the whole process (`harness.model.products.use_onednn`). The process
+    group must exist and have `config.parallel.world_size` ranks.
 
     Args:
         weights: full parameter by global name; None draws fresh ones.
         phase: told what is done next, parameter by parameter.
     """
+    use_onednn(config.model.onednn)
     module = importlib.import_module(engine_kind(config.parallel.engine).module)
     build: Build = module.build
     return build(config, rank, weights, phase)

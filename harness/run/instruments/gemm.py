@@ -1,8 +1,9 @@
 """The matrix-product rate of this machine, the denominator of `gemm_utilization`.
 
-Measured once per device, precision, threads, number of processes, cores and points at once, with as many processes
-at once as a run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder. One
-that was measured while other processes took the cores counts for its own run alone.
+Of the library that layers use (`harness.model.products`). Measured once per device, library, precision, threads,
+number of processes, cores and points at once, with as many processes at once as a run has ranks (they share cores,
+memory bandwidth and clock), and kept in the user's cache folder. One that was measured while other processes took the
+cores counts for its own run alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from harness.machine import Machine, cache_file
 from harness.model.precision import dtype_of
+from harness.model.products import product, takes_onednn
 from harness.record.store import write_json
 from harness.spec.config import RunConfig
 
@@ -56,7 +58,9 @@ def gemm_flops_per_second(
         with contextlib.suppress(Exception):  # no home, no file, a damaged one: it is measured
             processes = [f"{config.launch.threads_per_rank}threads", f"{config.parallel.world_size}ranks"]
             shared = [f"{machine.num_cores}cores", f"{config.launch.slots}slots"]
-            file = cache_file("gemm", machine, config.train.precision, *processes, *shared)
+            dtype = dtype_of(config.train.precision)
+            library = ["onednn"] if takes_onednn(dtype, device, 2 * SIZES[0] ** 3) else []
+            file = cache_file("gemm", machine, config.train.precision, *processes, *shared, *library)
             cached = json.loads(file.read_text())
             rate, cores = float(cached["flops_per_second"]), float(cached["cores"])
             if rate >= achieved and (device.type == "cuda" or is_undisturbed(cores, config, machine)):
@@ -166,13 +170,14 @@ def _products_per_second(
 def build_product(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     """Something that multiplies two random matrices [size, size] and waits until that is done; it has done so once."""
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
+    through_onednn = takes_onednn(dtype, device, 2 * size**3)
 
-    def product() -> None:
-        torch.mm(a, b, out=out)
+    def multiply() -> None:
+        product(a, b) if through_onednn else torch.mm(a, b, out=out)
         synchronize(device)
 
-    product()
-    return product
+    multiply()
+    return multiply
 
 
 def repeat(product: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> Window:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from harness.machine import detect_machine
+from harness.model.products import IS_ONEDNN_FASTER
 from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
 from harness.run.parity import Comparison, check_parity, worst_error
@@ -15,9 +16,12 @@ from harness.spec.twin import reductions, twin_of
 
 def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:
     """Compare the small twin of the configured model with one rank, and write what came of it to result.json."""
-    twin = twin_of(config)
+    twin, changes = twin_of(config), dict[str, Any]()
     if detect_machine().device_kind == "cuda":  # a seed gives other masks there than on the reference's CPU
-        twin = twin.model_copy(update={"model": twin.model.model_copy(update={"dropout": 0.0})})
+        changes = {"dropout": 0.0}
+    elif IS_ONEDNN_FASTER and config.model.onednn is None and config.train.precision == "fp32":
+        changes = {"onednn": True}  # by itself the real model takes it, and its twin is too small to
+    twin = twin.model_copy(update={"model": twin.model.model_copy(update=changes)})
     phase = Heart(attempt.path, rank).phase
     comparisons = check_parity(twin, rank, phase)
     phase("writing the result")
