@@ -1,12 +1,13 @@
 """Is it as fast as what torch ships? The harness's step beside that of torch's own engines, in turns.
 
-    python tests/benchmarks/peers.py [--pairs N] [--rows one_rank,pp,tp,dp,tail,quickstart] [OVERRIDE ...]
+    python tests/benchmarks/peers.py [--pairs N] [--rows ROW,...] [OVERRIDE ...]
 
 All engines take a step in turn, in the same processes, on the same shape, data, optimizer and threads, in changing
 order; compared is the wall time of a step, the slowest rank's, as the median of paired ratios with its 95 % interval.
 
-- one_rank: the model's matrix products per second over the rate of the machine's best products, which take turns with
-  the steps.
+- one_rank: the model's matrix products per second over the rate of large square ones by torch.mm, which take turns
+  with the steps.
+- one_rank_product: the same over the rate of those that layers make (`harness.model.products`), where that is another.
 - pp: the fastest of our schedules beside the fastest of torch.distributed.pipelining's (GPipe, 1F1B, interleaved,
   ZBV), two stages.
 - tp: beside a model of the same shape under DTensor's `parallelize_module`, two ranks.
@@ -50,7 +51,8 @@ class Row(NamedTuple):
 
 
 ROWS = {
-    "one_rank": Row((*MODEL,), ("",), ("products",), 0.80, 0.90),
+    "one_rank": Row((*MODEL,), ("",), ("torch.mm",), 0.80, 0.90),
+    "one_rank_product": Row((*MODEL,), ("",), ("product",), 0.80, 0.90),
     "pp": Row(
         (*MODEL, "parallel.pp=2"),
         tuple(f"parallel.schedule={name}" for name in ("1f1b", "zb_h1", "zb_v", "interleaved")),
@@ -141,6 +143,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from helpers import make_config
 
     from harness.model.precision import dtype_of
+    from harness.model.products import use_onednn
     from harness.run.data import micro_batches
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.gemm import build_product
@@ -166,15 +169,17 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
         steps[variant] = step
 
-    def add_products() -> None:
+    def add_products(name: str) -> None:
+        use_onednn(False if name == "torch.mm" else plain.model.onednn)
         product = build_product(PRODUCT_SIZE, dtype_of(plain.train.precision), device)
+        use_onednn(plain.model.onednn)
         flops = training_flops_per_token(plain.model, plain.train.sequence_length)
         flops *= plain.train.global_batch_size * plain.train.sequence_length
         number = round(flops / (2 * PRODUCT_SIZE**3))
-        steps["products"] = lambda _: [product() for _ in range(number)]
+        steps[name] = lambda _: [product() for _ in range(number)]
 
     for variant in (*row.ours, *row.peers):
-        add_products() if variant == "products" else add_engine(variant)
+        add_products(variant) if variant in ("torch.mm", "product") else add_engine(variant)
     found: dict[str, dict[str, Any]] = {name: {"seconds": [], "tail": [], "accounts": {}} for name in steps}
     for name, seconds in take_turns(steps, case["pairs"], device):
         found[name]["seconds"].append(seconds)

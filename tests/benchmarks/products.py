@@ -1,0 +1,102 @@
+"""What oneDNN gains for fp32 products on this processor: each product of a block, and a step of one rank.
+
+    python tests/benchmarks/products.py [--pairs N] [OVERRIDE ...]
+
+Both libraries take turns, on one thread and the model of the table in docs/costs.md unless overrides say otherwise: for
+the forward product of each shape of weight and the products for the gradients of its input and of the weight, and for
+whole steps of an engine. Compared are seconds, as the median of paired ratios with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+
+LIBRARIES = {"torch": False, "onednn": True}
+"""By name, what `use_onednn` is told."""
+
+
+def main() -> None:
+    """Start the rank and print the table."""
+    from benchmarks.circumstances import print_circumstances
+    from benchmarks.turns import median_interval
+    from distributed import run_ranks
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    print_circumstances()
+    case = {"overrides": arguments.overrides, "pairs": arguments.pairs}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = run_ranks(1, "benchmarks.products", case, Path(folder), timeout=3600)
+    print("| what | torch ms | onednn ms | torch GFLOP/s | onednn GFLOP/s | torch / onednn | 95 % interval |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for what, flop, seconds in answer:
+        ratios = [usual / other for usual, other in zip(*seconds.values(), strict=True)]
+        low, high = median_interval(ratios)
+        medians = [median(taken) for taken in seconds.values()]
+        times = " | ".join(f"{1e3 * taken:.3f}" for taken in medians)
+        rates = " | ".join(f"{flop / taken / 1e9:.0f}" for taken in medians)
+        print(f"| {what} | {times} | {rates} | {median(ratios):.3f} | {low:.3f}-{high:.3f} |")
+
+
+def run(case: dict[str, Any], folder: Path) -> list[tuple[str, float, dict[str, list[float]]]]:
+    """The rank: what was measured, its floating-point operations and the seconds by library."""
+    import torch
+    from benchmarks.peers import MODEL
+    from benchmarks.turns import join, take_turns
+
+    from harness.model.products import product, use_onednn
+    from harness.run.data import micro_batches
+    from harness.run.engines.engine import build_engine
+    from harness.spec.counts import training_flops_per_token
+
+    rank, _, config, device, samples = join([*MODEL, "launch.threads_per_rank=1", *case["overrides"]])
+    engine = build_engine(config, rank)
+    train = config.train
+    rows = train.micro_batch_size * train.sequence_length
+    shapes = {
+        tuple(weight.shape) for name, weight in engine.parameters() if weight.dim() == 2 and "position" not in name
+    }
+    measured: list[tuple[str, float, Callable[[], Any]]] = []
+    for outputs, inputs in sorted(shapes):
+        hidden, weight, gradient = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
+        for what, left, right in (
+            ("output", hidden, weight),
+            ("gradient of the input", gradient, weight.t()),
+            ("gradient of the weight", gradient.t(), hidden.t()),
+        ):
+            multiply = partial(product, left, right)
+            measured.append((f"{what}, {rows} rows, {inputs} -> {outputs}", 2.0 * rows * inputs * outputs, multiply))
+    flop = (
+        training_flops_per_token(config.model, train.sequence_length) * train.global_batch_size * train.sequence_length
+    )
+    data = micro_batches(config, samples, dp_rank=0)
+    measured.append(("step", flop, partial(engine.train_step, data)))
+
+    found = []
+    for what, operations, act in measured:
+        seconds: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+
+        def by(wanted: bool, act: Callable[[], Any], _: int) -> None:
+            use_onednn(wanted)
+            act()
+
+        steps: dict[str, Callable[[int], Any]] = {name: partial(by, wanted, act) for name, wanted in LIBRARIES.items()}
+        for name, taken in take_turns(steps, case["pairs"], device):
+            seconds[name].append(taken)
+        found.append((what, operations, seconds))
+    return found
+
+
+if __name__ == "__main__":
+    main()
