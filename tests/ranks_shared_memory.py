@@ -249,11 +249,16 @@ def a_rank_dies(during: str, victim: int) -> None:
 
 
 def refusals() -> list[str]:
-    """What is said of collectives in which ranks do not do the same, and of messages from anybody."""
+    """What rank 0 is told of collectives in which ranks do not do the same, and of messages."""
     shared, _ = both_groups()
     said = []
     for act in (
         lambda: dist.all_reduce(torch.ones(3 + dist.get_rank()), group=shared),
+        lambda: (
+            dist.recv(torch.ones(4), 1, group=shared)
+            if dist.get_rank() == 0
+            else dist.send(torch.ones(3), 0, group=shared)
+        ),
         lambda: dist.recv(torch.ones(3), group=shared),
     ):
         try:

@@ -51,6 +51,7 @@ def test_groups_leave_nothing_behind(tmp_path: Path) -> None:
 def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
     assert check("refusals", 2, tmp_path) == [
         "rank 1 of a group says 16 bytes where others say 12",
+        "rank 1 of a group sends 12 bytes where rank 0 expects 16",
         "a message can't be received from any rank through shared memory; name its sender",
     ]
 

@@ -447,7 +447,8 @@ class Lane:
     """Messages of one rank to another under one tag, in their order.
 
     In the memory of the sender: the number of messages sent, the numbers of those taken and of the slots taken with
-    them, of each message by which way it comes, slots. For larger messages than fit into its slots it makes others.
+    them, of each message by which way it comes and its bytes, slots. For larger messages than fit into its slots it
+    makes others.
     """
 
     OTHERWISE, IN_SLOT, IN_LARGER_SLOT = range(3)
@@ -469,16 +470,26 @@ class Lane:
         if has_slot:
             self._slots[self._num_in_slots % NUM_LANE_SLOTS][: tensor.nbytes].copy_(_bytes(tensor))
             self._num_in_slots += 1
-        self._announce(self.IN_SLOT if has_slot else self.OTHERWISE)
+        self._announce(self.IN_SLOT if has_slot else self.OTHERWISE, tensor.nbytes)
         return has_slot
 
     @torch.no_grad()
     def take(self, tensor: Tensor) -> bool:
-        """Wait for the next message, and take it; False where it has no slot, and comes another way."""
+        """Wait for the next message, and take it; False where it has no slot, and comes another way.
+
+        Raises:
+            RuntimeError: it is of another size: ranks do not do the same.
+        """
         if not self._memories:
             self._find()
-        while (way := self._next_way()) == self.IN_LARGER_SLOT:
+        while (announced := self._next())[0] == self.IN_LARGER_SLOT:
             self._find()
+        way, num_bytes = announced
+        if num_bytes != tensor.nbytes:
+            raise RuntimeError(
+                f"rank {self._key[0]} of a group sends {num_bytes} bytes where rank {self._key[1]} expects "
+                f"{tensor.nbytes}"
+            )
         if way == self.IN_SLOT:
             _bytes(tensor).copy_(self._slots[self._num_in_slots % NUM_LANE_SLOTS][: tensor.nbytes])
             self._num_in_slots += 1
@@ -487,15 +498,17 @@ class Lane:
         self._taken[0] = self._number
         return way == self.IN_SLOT
 
-    def _announce(self, way: int) -> None:
+    def _announce(self, way: int, num_bytes: int) -> None:
         self._peers.wait(lambda: self._number - self._taken[0] < NUM_LANE_ENTRIES)
-        self._ways[self._number % NUM_LANE_ENTRIES] = way
+        self._ways[self._number % NUM_LANE_ENTRIES] = 4 * num_bytes + way
         self._number += 1
         self._sent[0] = self._number
 
-    def _next_way(self) -> int:
+    def _next(self) -> tuple[int, int]:
+        """By which way the next message comes, and its bytes."""
         self._peers.wait(lambda: self._sent[0] > self._number)
-        return self._ways[self._number % NUM_LANE_ENTRIES]
+        num_bytes, way = divmod(self._ways[self._number % NUM_LANE_ENTRIES], 4)
+        return way, num_bytes
 
     def _make(self, slot_bytes: int) -> None:
         """Of the sender: memory for messages of up to so many bytes, if there is any; without, old slots stay."""
@@ -506,7 +519,7 @@ class Lane:
                 raise
             return
         if self._memories:
-            self._announce(self.IN_LARGER_SLOT)
+            self._announce(self.IN_LARGER_SLOT, 0)
             if self._num_made > 1 and self._taken[0] > 0:  # the other has left those before
                 del self._memories[:-1]
         self._store.set(self._name(), f"{slot_bytes} {memory.address}")
