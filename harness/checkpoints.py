@@ -30,7 +30,7 @@ META = "meta.json"
 FORMAT = 1
 
 # What differs between trainings of one and the same model.
-NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile"})
+NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn"})
 
 
 class FileRecord(BaseModel):

@@ -387,7 +387,12 @@ def test_other_trainings_are_refused(checkpoint: Path, overrides: list[str], sen
 
 @pytest.mark.parametrize(
     "overrides",
-    [["train.steps=8"], ["train.precision=bf16", "parallel.tp=2"], ["model.name=other", "train.learning_rate=0"]],
+    [
+        ["train.steps=8"],
+        ["train.precision=bf16", "parallel.tp=2"],
+        ["model.name=other", "train.learning_rate=0"],
+        ["model.compile=true", "model.onednn=false"],
+    ],
 )
 def test_other_settings_may_change(checkpoint: Path, overrides: list[str]) -> None:
     load(*resume(checkpoint, *overrides))

@@ -18,6 +18,7 @@ from harness.model.dropout import RandomStreams
 from harness.model.groups import build_tensor_parallel
 from harness.model.loss import PipelineLoss
 from harness.model.precision import dtype_of
+from harness.model.products import use_onednn
 from harness.model.weight_gradients import WeightGradients, add_gradients
 from harness.model.weights import initialize
 from harness.record.heartbeat import Heart
@@ -37,6 +38,7 @@ def probe(attempt: Attempt, config: RunConfig, rank: int) -> None:
     device = set_up_device(config, machine)
     phase = Heart(attempt.path, rank).phase
     phase("building the layers")
+    use_onednn(config.model.onednn)
     later = WeightGradients()
     tp = build_tensor_parallel(
         config.parallel.topology, rank, config.model.num_key_value_heads,
