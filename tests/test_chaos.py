@@ -35,6 +35,8 @@ VICTIMS = {
     "guard": "guard.py",
 }
 """What is killed -> what its command line holds, the most inclusive last."""
+LAYOUTS = ["parallel.pp=2 parallel.schedule=zb_v", "parallel.tp=2 model.compile=true"]
+"""Of what is killed: messages and sums through shared memory, compiled blocks and others."""
 
 
 def start_sweep(folder: Path, *overrides: str, python_path: str = "") -> subprocess.Popen[str]:
@@ -110,8 +112,7 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
     for start in itertools.count():
         num_seeds = 1 + start // 6  # the grid grows meanwhile
         grid = [
-            "parallel.pp=2",
-            "parallel.schedule=1f1b,zb_v",
+            f"sweep.points={LAYOUTS}",
             f"train.seed=range(0,{num_seeds})",
             "sweep.retry=[crashed]",
         ]
@@ -129,7 +130,7 @@ def test_a_sweep_survives_the_death_of_any_of_its_processes(tmp_path: Path) -> N
     assert remaining(tmp_path, 1) == []
     table = rows(tmp_path)
     assert {row["status"] for row in table} == {"ok"}
-    assert len({row["point"] for row in table}) == len(table) == 2 * num_seeds
+    assert len({row["point"] for row in table}) == len(table) == len(LAYOUTS) * num_seeds
     for point in SweepDirectory(tmp_path, "chaos").points():
         assert [attempt.status()["status"] for attempt in point.attempts()].count("ok") == 1, point
     assert start_sweep(tmp_path, *grid, "sweep.dry_run=true").wait(60) == 0
@@ -159,6 +160,33 @@ def test_each_failure_has_its_name_and_the_others_are_measured(tmp_path: Path) -
     assert float(table["7001"]["peak_memory_bytes"]) > 2 * float(table["1"]["peak_memory_bytes"])
     attempt = next(p for p in SweepDirectory(tmp_path, "chaos").points() if p.name == table["7002"]["point"])
     assert set((read_json(attempt.attempts()[0].status_file) or {})["ranks_stood"]) == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_every_fast_path_alike(tmp_path: Path) -> None:
+    """In its third step, while the others wait for it in whatever way: they end, and nothing stays."""
+    paths = [
+        "parallel.tp=2",
+        "parallel.tp=2 parallel.sequence_parallel=true parallel.shared_memory=false",
+        "parallel.tp=2 model.compile=true model.onednn=true",
+        "parallel.pp=2 parallel.schedule=zb_v",
+        "parallel.pp=2 parallel.shared_memory=false",
+        "parallel.dp=2",
+        "parallel.pp=2 parallel.engine=torch parallel.schedule=zb_v",
+        "parallel.tp=2 parallel.engine=dtensor",
+        "parallel.dp=2 parallel.engine=ddp",
+    ]
+    began = time.monotonic()
+    sweep = start_sweep(tmp_path, f"sweep.points={paths}", "train.seed=7004", python_path=str(SABOTAGE))
+    assert sweep.wait(400) == 1, (tmp_path / "output.txt").read_text()
+    assert remaining(tmp_path, 1) == []
+    table = rows(tmp_path)
+    assert len(table) == len(paths)
+    for row in table:
+        assert row["status"] == "crashed", row
+        assert row["reason"].startswith(("rank 1 was ended by SIGKILL", "rank 1 ended without a word; ")), row
+        assert float(row["step_seconds"]) > 0
+    assert time.monotonic() - began < 30 * len(paths)  # nobody waited for a time-out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.abc
+import itertools
 import os
 import re
 import signal
@@ -46,16 +47,19 @@ class Saboteur(importlib.abc.MetaPathFinder):
             misbehave(HANG_EARLY)
         if name == "harness.run.instruments.heartbeat":  # DeepSpeed is there, and no engine yet
             sys.meta_path.remove(self)
-            from harness.run.engines.deepspeed.scheduled import ScheduledEngine
+            from harness.run.engines.engine import Observers
 
-            forward, seed = ScheduledEngine._forward, read_seed()
+            execute, seed, steps = Observers.execute, read_seed(), itertools.count(1)
 
-            def sabotaged(engine: Any, instruction: Any) -> None:
-                if engine.global_steps == 2:
+            def sabotaged(observers: Any, instruction: Any, act: Any) -> Any:
+                def misbehaving() -> Any:
                     misbehave(seed)
-                forward(engine, instruction)
+                    return act()
 
-            ScheduledEngine._forward = sabotaged
+                begins = (instruction.kind, instruction.micro_batch, instruction.chunk) == ("forward", 0, 0)
+                return execute(observers, instruction, misbehaving if begins and next(steps) == 3 else act)
+
+            Observers.execute = sabotaged
 
 
 if os.environ.get("RANK") == "1":
