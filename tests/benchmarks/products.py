@@ -5,6 +5,7 @@
 Both libraries take turns, on one thread and the model of the table in docs/costs.md unless overrides say otherwise: for
 the forward product of each shape of weight and the products for the gradients of its input and of the weight, and for
 whole steps of an engine. Compared are seconds, as the median of paired ratios with its 95 % interval.
+Then, by torch.profiler, the operations that a step with oneDNN consists of.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 LIBRARIES = {"torch": False, "onednn": True}
 """By name, what `use_onednn` is told."""
+LEAST_SHARE = 0.005
+"""Of a step, for an operation to be listed."""
 
 
 def main() -> None:
@@ -40,20 +43,24 @@ def main() -> None:
         answer = run_ranks(1, "benchmarks.products", case, Path(folder), timeout=3600)
     print("| what | torch ms | onednn ms | torch GFLOP/s | onednn GFLOP/s | torch / onednn | 95 % interval |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for what, flop, seconds in answer:
+    for what, flop, seconds in answer["measured"]:
         ratios = [usual / other for usual, other in zip(*seconds.values(), strict=True)]
         low, high = median_interval(ratios)
         medians = [median(taken) for taken in seconds.values()]
         times = " | ".join(f"{1e3 * taken:.3f}" for taken in medians)
         rates = " | ".join(f"{flop / taken / 1e9:.0f}" for taken in medians)
         print(f"| {what} | {times} | {rates} | {median(ratios):.3f} | {low:.3f}-{high:.3f} |")
+    print("\n| operation | % of a step |\n|---|---:|")
+    for operation, share in answer["shares"].items():
+        print(f"| {operation} | {100 * share:.1f} |")
 
 
-def run(case: dict[str, Any], folder: Path) -> list[tuple[str, float, dict[str, list[float]]]]:
-    """The rank: what was measured, its floating-point operations and the seconds by library."""
+def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The rank: what was measured, its floating-point operations and the seconds by library; shares of a step."""
     import torch
     from benchmarks.peers import MODEL
     from benchmarks.turns import join, take_turns
+    from torch.profiler import ProfilerActivity, profile
 
     from harness.model.products import product, use_onednn
     from harness.run.data import micro_batches
@@ -95,7 +102,14 @@ def run(case: dict[str, Any], folder: Path) -> list[tuple[str, float, dict[str, 
         for name, taken in take_turns(steps, case["pairs"], device):
             seconds[name].append(taken)
         found.append((what, operations, seconds))
-    return found
+    use_onednn(True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        engine.train_step(data)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    shares = {operation: taken / sum(times.values()) for operation, taken in times.items()}
+    largest = sorted(((share, operation) for operation, share in shares.items() if share >= LEAST_SHARE), reverse=True)
+    rest = 1 - sum(share for share, _ in largest)
+    return {"measured": found, "shares": {operation: share for share, operation in largest} | {"all others": rest}}
 
 
 if __name__ == "__main__":
