@@ -39,6 +39,11 @@ class Program(NamedTuple):
     instructions: list[Instruction]
     transfers: Transfers
 
+    @property
+    def num_loaded(self) -> int:
+        """Micro-batches that it loads."""
+        return len({i.micro_batch for i in self.instructions if i.kind == "load"})
+
 
 class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no types
     """A `PipelineEngine` that executes any schedule, under observation.
@@ -150,7 +155,7 @@ class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no
         self.fwd_outputs: list[Tensor] = []
         self._batches.clear()
         program.transfers.begin()
-        self._transfers = program.transfers
+        self._transfers, self._num_loaded = program.transfers, program.num_loaded
         for instruction in program.instructions:
             self.observers.execute(instruction, partial(self._functions[instruction.kind], instruction))
         program.transfers.end()
@@ -158,10 +163,10 @@ class ScheduledEngine(PipelineEngine):  # type: ignore[misc]  # deepspeed has no
     # --- instructions
 
     def _load(self, instruction: Instruction) -> None:
-        """What a chunk needs of a micro-batch; they are drawn in their order."""
+        """What a chunk needs of a micro-batch; all are drawn with the first, while the caches hold what draws them."""
         _, number, chunk, _ = instruction
-        while len(self._batches) <= number:
-            self._batches.append(self._next_batch())
+        if not self._batches:
+            self._batches = [self._next_batch() for _ in range(self._num_loaded)]
         tokens, labels = self._batches[number]
         with self._computing(chunk):
             if self.is_first_stage():
