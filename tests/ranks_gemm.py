@@ -16,7 +16,6 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from harness.model.products import use_onednn
 from harness.run.instruments import gemm
 
 CPU = torch.device("cpu")
@@ -25,7 +24,6 @@ draw = torch.randn
 
 def run(argument: dict[str, float], folder: Path) -> dict[str, Any]:
     dist.init_process_group("gloo")
-    use_onednn(False)  # below, torch's product is another
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     gemm.WINDOW_SECONDS = argument["window_seconds"]
     sizes: list[int] = []

@@ -72,7 +72,7 @@ def collectives(seed: int, count: int) -> list[str]:
             given = tensor.clone().requires_grad_(kind == "broadcast")  # of weights
             if kind == "all_reduce":
                 result, work = given, dist.all_reduce(given, group=group, async_op=overlaps)
-            elif kind == "mean" and group is gloo:
+            elif kind == "mean" and group is gloo:  # whose own means round otherwise
                 result, work = given, dist.all_reduce(given, group=group)
                 result.mul_(1 / size)
             elif kind == "mean":

@@ -85,6 +85,31 @@ def test_a_rate_is_kept_for_what_it_was_measured_under(rate: Callable[..., float
     assert rate(achieved=1.5) == 6.0
 
 
+def test_each_library_has_its_rate(rate: Callable[..., float], monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.run.instruments import gemm
+
+    found = []
+    for name in ("torch", "onednn", "torch", "onednn"):
+        monkeypatch.setattr(gemm, "library", lambda name=name: name)
+        found.append(rate())
+    assert found == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_measured_is_the_library_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measuring is no product of the layers."""
+    from harness.model import products
+    from harness.run.instruments import gemm
+
+    used: list[str] = []
+    monkeypatch.setattr(gemm.torch, "mm", lambda *_, **__: used.append("torch"))
+    monkeypatch.setattr(gemm, "product_by_onednn", lambda *_: used.append("onednn"))
+    products.use_onednn(None)
+    for by in ("torch", "onednn"):
+        gemm.build_product(256, gemm.torch.float32, gemm.torch.device("cpu"), by)
+    assert used == ["torch", "onednn"]
+    assert products.library() == "torch"
+
+
 def test_a_rate_is_not_kept_that_others_took_the_cores_from(rate: Callable[..., float]) -> None:
     """Those of all ranks together: one more program takes half a core or more."""
     assert [rate(had=0.5), rate(had=0.95), rate()] == [1.0, 2.0, 2.0]

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from harness.errors import ConfigError
 from harness.model import products
 from harness.model.weight_gradients import WeightGradients, add_gradients, linear
+from harness.run.tasks import verify
 
 SIZES, FEW = st.integers(1, 40), st.integers(1, 8)
 
@@ -43,7 +46,7 @@ def test_gradients_are_those_of_float64(
         for shape in ((*batch, width), (outputs, width), (*reversed(batch), outputs))
     )
     outgoing = outgoing.permute(*reversed(range(len(batch))), -1)  # not contiguous
-    bias = torch.randn(outputs, generator=generator) if has_bias else None
+    bias = torch.randn(2 * outputs, generator=generator)[::2] if has_bias else None
     leaves = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
     for leaf in leaves:
         leaf.requires_grad_()
@@ -91,3 +94,44 @@ def through(wanted: bool | None, left: Tensor, right: Tensor) -> bool:
         torch.testing.assert_close(result, F.linear(left, right))
     assert products.library() == ("onednn" if products.goes_through_onednn(left, right) else "torch")
     return products.goes_through_onednn(left, right)
+
+
+@pytest.mark.skipif(not products.HAS_ONEDNN, reason="this torch has no oneDNN")
+def test_what_autograd_can_not_know_is_refused() -> None:
+    products.use_onednn(True)
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    output = linear(hidden, weight, None, None)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output = linear(hidden, weight, None, None)
+    (gradient,) = torch.autograd.grad(output.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("is_faster", "device", "overrides", "changes"),
+    [
+        (True, "cpu", [], {"onednn": True}),
+        (False, "cpu", [], {}),
+        (True, "cuda", [], {"dropout": 0.0}),
+        (True, "cpu", ["model.onednn=false"], {}),
+        (True, "cpu", ["train.precision=bf16"], {}),
+        (True, "cpu", ["parallel.engine=dtensor"], {}),
+        (True, "cpu", ["parallel.engine=torch"], {"onednn": True}),
+    ],
+)
+def test_a_twin_computes_as_the_real_model(
+    is_faster: bool, device: str, overrides: list[str], changes: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose products are large."""
+    monkeypatch.setattr(verify, "IS_ONEDNN_FASTER", is_faster)
+    assert verify.changes_on(device, make_config(*overrides)) == changes
+
+
+@pytest.mark.parametrize("overrides", [["train.precision=bf16"], ["model=emulated"]])
+def test_what_onednn_can_do_nothing_for_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.onednn=true is for fp32 products, not for train\.precision"):
+        make_config("model.onednn=true", *overrides)

@@ -11,6 +11,8 @@ import pytest
 from distributed import run_ranks
 from helpers import agree
 
+from harness.model.products import HAS_ONEDNN
+
 SHORT = ["parallel.pp=2", "data=synthetic", "train.sequence_length=32"]
 EMULATED = ["parallel.pp=2", "data=synthetic", "model=emulated", "model.num_hidden_layers=2"]
 EMULATED += ["train.sequence_length=16", "train.global_batch_size=2", "train.micro_batch_size=1"]
@@ -18,8 +20,9 @@ pytestmark = pytest.mark.slow
 
 RUNS = {
     "broken": [*SHORT, "train.steps=3"],
-    "diverged": [*SHORT, "train.steps=4", "train.eval_interval=2", "train.eval_samples=2", "train.optimizer=sgd",
-                 "train.learning_rate=1e30", "train.learning_rate_warmup_steps=0", "train.gradient_clipping=0"],
+    "diverged": [*SHORT, "train.steps=4", "model.onednn=true", "train.eval_interval=2", "train.eval_samples=2",
+                 "train.optimizer=sgd", "train.learning_rate=1e30", "train.learning_rate_warmup_steps=0",
+                 "train.gradient_clipping=0"],
     "slow": [*EMULATED, "train.steps=6", "model.forward_seconds=0.005", "model.backward_seconds=0.01"],
     "drifting": [*EMULATED, "train.steps=14", "model.forward_seconds=0.04", "model.backward_seconds=0.08"],
 }  # fmt: skip
@@ -75,6 +78,13 @@ def test_every_ranks_memory_and_the_data_are_recorded(answer: Any) -> None:
     assert max(peaks) == result["row"]["peak_memory_bytes"]
     assert result["data"]["source"] == "random tokens below 256"
     assert len(result["data"]["sha256"]) == 64
+
+
+def test_who_computed_the_products_of_the_layers_is_recorded(answer: Any) -> None:
+    """Not who computed those of the matrix-product rate, which is measured after that."""
+    assert HAS_ONEDNN
+    assert answer["diverged"]["result"]["matrix_products"] == "onednn"
+    assert answer["slow"]["result"]["matrix_products"] == "torch"  # all are small
 
 
 def test_a_peak_never_falls(answer: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from harness.model.groups import Group
 from harness.model.products import product
@@ -140,13 +141,14 @@ class _CopiedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
     ) -> Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.weight, ctx.bias, ctx.group, ctx.later = weight, bias, group, later
+        ctx.save_for_backward(hidden, weight)
+        ctx.bias, ctx.group, ctx.later = bias, group, later
         return product(hidden, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
+        (hidden, weight), gradient, bias = ctx.saved_tensors, gradients[0], ctx.bias
         has_bias = bias is not None
         reduced = all_reduce(product(gradient, weight.t()), ctx.group, overlap=True)
         if ctx.later is not None:
@@ -184,13 +186,14 @@ class _GatheredLinear(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
     ) -> Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.weight, ctx.bias, ctx.group, ctx.later = weight, bias, group, later
+        ctx.save_for_backward(hidden, weight)
+        ctx.bias, ctx.group, ctx.later = bias, group, later
         return product(_gather(hidden, SEQUENCE, group), weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (hidden,), gradient, weight, bias, group = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias, ctx.group
+        (hidden, weight), gradient, bias, group = ctx.saved_tensors, gradients[0], ctx.bias, ctx.group
         if ctx.later is not None:
 
             def of_parameters() -> list[Tensor]:

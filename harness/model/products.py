@@ -18,6 +18,7 @@ WORTHWHILE_FLOP = 2**23
 
 
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+"""Whether this torch has it."""
 
 
 def _is_onednn_faster() -> bool:
@@ -27,6 +28,7 @@ def _is_onednn_faster() -> bool:
 
 
 IS_ONEDNN_FASTER = _is_onednn_faster()
+"""For large products on one thread; measured on Zen 5 alone (tests/benchmarks/products.py)."""
 
 _wanted: bool | None = None
 _has_used_onednn = False
@@ -49,13 +51,9 @@ def library() -> str:
 
 def goes_through_onednn(left: Tensor, right: Tensor) -> bool:
     """Whether `product` of them does."""
-    return takes_onednn(left.dtype, left.device, 2 * left.numel() * len(right))
-
-
-def takes_onednn(dtype: torch.dtype, device: torch.device, flop: int) -> bool:
-    """Whether a product of that size goes through oneDNN."""
-    if dtype != torch.float32 or device.type != "cpu":
+    if left.dtype != torch.float32 or left.device.type != "cpu":
         return False
+    flop = 2 * left.numel() * len(right)
     if _wanted is None:
         return IS_ONEDNN_FASTER and flop >= WORTHWHILE_FLOP
     return _wanted and flop > 0 and HAS_ONEDNN
@@ -67,7 +65,13 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     if not goes_through_onednn(left, right):
         return F.linear(left, right, bias)
     _has_used_onednn = True
-    rows = torch.ops.mkldnn._linear_pointwise(left.flatten(0, -2), right, bias, "none", [], "")
+    return product_by_onednn(left, right, bias)
+
+
+def product_by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`product` of fp32 tensors on CPU, whatever was chosen."""
+    dense = None if bias is None else bias.contiguous()
+    rows = torch.ops.mkldnn._linear_pointwise(left.reshape(-1, left.shape[-1]), right, dense, "none", [], "")
     shape = (*left.shape[:-1], len(right))
     result: Tensor = torch.ops.aten._unsafe_view(rows, shape)  # unlike a view, it may be overwritten
     return result

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    """An autograd function of ours that communicates, or leaves work for later: no compiler looks into it."""
+    """An autograd function that communicates, leaves work for later or takes oneDNN: no compiler looks into it."""
     output: Tensor = _apply(function, *arguments)
     return output
 

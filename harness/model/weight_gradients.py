@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from harness.model.products import goes_through_onednn, product
 from harness.model.uncompiled import apply
@@ -91,8 +92,8 @@ def product_gradients(gradient: Tensor, hidden: Tensor, has_bias: bool) -> list[
         gradient: of the output, [..., out].
         hidden: the input, [..., in].
     """
-    rows = gradient.flatten(0, -2)
-    of_weight = product(rows.t(), hidden.flatten(0, -2).t())
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    of_weight = product(rows.t(), hidden.reshape(-1, hidden.shape[-1]).t())
     return [of_weight, rows.sum(dim=0)] if has_bias else [of_weight]
 
 
@@ -112,13 +113,14 @@ class _GradientsOf(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None) -> Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.weight, ctx.bias, ctx.later = weight, bias, later
+        ctx.save_for_backward(hidden, weight)
+        ctx.bias, ctx.later = bias, later
         return product(hidden, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (hidden,), gradient, weight, bias = ctx.saved_tensors, gradients[0], ctx.weight, ctx.bias
+        (hidden, weight), gradient, bias = ctx.saved_tensors, gradients[0], ctx.bias
         of_hidden = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         if ctx.later is not None:
             ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), weight, bias)

@@ -557,8 +557,9 @@ COLUMNS = (
     Column(
         "matrix_products",
         "",
-        "what computed those of the layers on rank 0: `onednn` (`model.onednn`; torch where oneDNN isn't faster) or "
-        "`torch`",
+        "what computed fp32 matrix products of rank 0's layers on a CPU: `onednn`, at least the larger ones "
+        "(`model.onednn`), or `torch`, which takes the library it always takes, as it does for other precisions and on "
+        "GPUs",
         attempt=lambda tried: tried.result.get("matrix_products"),
         shown=Shown(("matrix", "products"), place=SETTING, only_varying=True),
     ),

@@ -2,7 +2,8 @@
 
 torch's compiler remembers what it compiled by the code, and all blocks of a model have the same. So one of them does a
 forward and a backward pass ahead of the others. What communicates, draws masks or leaves work for later stays outside
-of what is compiled (`torch.compiler.disable`); with a schedule that splits backward passes all matrix products do.
+of what is compiled (`torch.compiler.disable`); with a schedule that splits backward passes all matrix products do, and
+so do those that go through oneDNN.
 """
 
 from __future__ import annotations

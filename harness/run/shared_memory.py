@@ -164,16 +164,13 @@ class SharedMemoryGroup(dist.ProcessGroup):
     def allreduce(  # type: ignore[override]
         self, tensors: list[Tensor], opts: Any = None
     ) -> dist.Work:
-        """Sum or mean over ranks, in place; for a mean, which gloo has not, pieces are divided while in the cache."""
+        """Sum or mean over ranks, in place; for a mean, pieces are divided while they are in the cache."""
         tensor, opts = tensors[0], opts or AllreduceOptions()
         is_mean = opts.reduceOp == dist.ReduceOp.AVG
-        takes = is_mean or opts.reduceOp == dist.ReduceOp.SUM
-        if len(tensors) > 1 or not takes or tensor.dtype not in SUMMED:
+        sums = (is_mean or opts.reduceOp == dist.ReduceOp.SUM) and tensor.dtype in SUMMED
+        if len(tensors) > 1 or not sums or not self._takes(tensor):
             return self.by_gloo("allreduce", tensors, opts)
         factor = 1 / self._size if is_mean else 1.0
-        if not self._takes(tensor):
-            opts.reduceOp = dist.ReduceOp.SUM
-            return Then(self.by_gloo("allreduce", tensors, opts), lambda: tensor.mul_(factor) if is_mean else None)
         pieces = _pieces(tensor)
         return self._begin(pieces, lambda number: self._sum(pieces[number], factor))
 

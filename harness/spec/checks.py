@@ -63,6 +63,11 @@ def _check_model(config: RunConfig) -> None:
             f"model.compile=true has nothing to compile in model.family={model.family}, whose blocks wait; use "
             "model.compile=false"
         )
+    if model.onednn and (train.precision != "fp32" or not model.architecture.computes):
+        raise ConfigError(
+            f"model.onednn=true is for fp32 products, not for train.precision={train.precision} of model.family="
+            f"{model.family}; use model.onednn=null"
+        )
     tp = config.parallel.tp
     if config.parallel.sequence_parallel and train.sequence_length % tp:
         raise ConfigError(

@@ -3,7 +3,9 @@
 A key that has a default in harness/spec/config.py came later than the first published runs, and its default is the
 value under which runs are as they were before it came. So a configuration without it means that value, and an
 identity leaves the key out while it has it: adding a key makes no other points. Its default for new runs may be
-another one, which stands in conf/ and changes the identity like any other value.
+another one, which stands in conf/ and changes the identity like any other value. A key of which only speed depends,
+and results by roundings (`parallel.shared_memory`, `model.onednn`), has the default of new runs alone: to be fast is no
+other point, and rows of code from before are stale anyway.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ order; compared is the wall time of a step, the slowest rank's, as the median of
 
 - one_rank: the model's matrix products per second over the rate of large square ones by torch.mm, which take turns
   with the steps.
-- one_rank_product: the same over the rate of those that layers make (`harness.model.products`), where that is another.
+- one_rank_product: the same over the rate of large ones by oneDNN, where layers take that (`harness.model.products`).
 - pp: the fastest of our schedules beside the fastest of torch.distributed.pipelining's (GPipe, 1F1B, interleaved,
   ZBV), two stages.
-- tp: beside a model of the same shape under DTensor's `parallelize_module`, two ranks.
+- tp: beside a model of the same shape under DTensor's `parallelize_module`, two ranks. Its products are torch's; the
+  other peers have our layers, and so oneDNN's where we have.
+- tp_torch_products: the same with `model.onednn=false`, so that both compute with one library.
 - dp: beside DistributedDataParallel, two replicas.
 - tail: the share of the quickstart's step after its last backward pass, two stages.
 - quickstart: seconds of the whole sweep in a folder of its own, the installation left out.
@@ -33,7 +35,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 MODEL = (
     "model=gpt2_tiny", "model.num_hidden_layers=8", "model.hidden_size=512", "model.num_attention_heads=8",
     "model.vocab_size=4096", "model.max_position_embeddings=256", "data=synthetic", "train.sequence_length=256",
-    "train.micro_batch_size=1", "train.global_batch_size=8",
+    "train.micro_batch_size=1", "train.global_batch_size=8", "launch.threads_per_rank=1",
 )  # fmt: skip
 PRODUCT_SIZE = 1024
 """Of square matrices, near the best rate of every CPU that was looked at."""
@@ -61,6 +63,9 @@ ROWS = {
         1.10,
     ),
     "tp": Row((*MODEL, "parallel.tp=2"), ("",), ("parallel.engine=dtensor",), 1.50, 1.75),
+    "tp_torch_products": Row(
+        (*MODEL, "parallel.tp=2", "model.onednn=false"), ("",), ("parallel.engine=dtensor",), 1.50, 1.75
+    ),
     "dp": Row((*MODEL, "train.global_batch_size=16", "parallel.dp=2"), ("",), ("parallel.engine=ddp",), 1.00, 1.05),
     "tail": Row(("parallel.pp=2",), ("",), (), 0.05, 0.02),
 }
@@ -72,6 +77,8 @@ def main() -> None:
     from benchmarks.circumstances import print_circumstances
     from benchmarks.turns import median_interval
 
+    from harness.model.products import IS_ONEDNN_FASTER
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--rows", default=",".join([*ROWS, "quickstart"]))
@@ -81,6 +88,8 @@ def main() -> None:
     print("| row | ours | ms | peer | ms | ratio | 95 % interval | at least | goal |")
     print("|---|---|---:|---|---:|---:|---:|---:|---:|")
     for name in arguments.rows.split(","):
+        if name == "one_rank_product" and not IS_ONEDNN_FASTER:
+            continue
         if name == "quickstart":
             print(f"| quickstart | | {1e3 * quickstart_seconds():,.0f} | | | | | at most {QUICKSTART_SECONDS} s | |")
             continue
@@ -143,7 +152,6 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from helpers import make_config
 
     from harness.model.precision import dtype_of
-    from harness.model.products import use_onednn
     from harness.run.data import micro_batches
     from harness.run.engines.engine import build_engine
     from harness.run.instruments.gemm import build_product
@@ -170,9 +178,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         steps[variant] = step
 
     def add_products(name: str) -> None:
-        use_onednn(False if name == "torch.mm" else plain.model.onednn)
-        product = build_product(PRODUCT_SIZE, dtype_of(plain.train.precision), device)
-        use_onednn(plain.model.onednn)
+        by = "onednn" if name == "product" else "torch"
+        product = build_product(PRODUCT_SIZE, dtype_of(plain.train.precision), device, by)
         flops = training_flops_per_token(plain.model, plain.train.sequence_length)
         flops *= plain.train.global_batch_size * plain.train.sequence_length
         number = round(flops / (2 * PRODUCT_SIZE**3))

@@ -1,11 +1,11 @@
-"""What oneDNN gains for fp32 products on this processor: each product of a block, and a step of one rank.
+"""What oneDNN gains for fp32 products on this processor: those of each shape of weight, and a step of one rank.
 
     python tests/benchmarks/products.py [--pairs N] [OVERRIDE ...]
 
-Both libraries take turns, on one thread and the model of the table in docs/costs.md unless overrides say otherwise: for
-the forward product of each shape of weight and the products for the gradients of its input and of the weight, and for
-whole steps of an engine. Compared are seconds, as the median of paired ratios with its 95 % interval.
-Then, by torch.profiler, the operations that a step with oneDNN consists of.
+Both libraries take turns for all products, also those that are too small to gain, on one thread and the model of
+peers.py unless overrides say otherwise: for the forward product of each shape of weight and the products for the
+gradients of its input and of the weight, and for whole steps of an engine. Compared are seconds, as the median of
+paired ratios with its 95 % interval. Then, by torch.profiler, the operations that a step with oneDNN consists of.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from harness.run.engines.engine import build_engine
     from harness.spec.counts import training_flops_per_token
 
-    rank, _, config, device, samples = join([*MODEL, "launch.threads_per_rank=1", *case["overrides"]])
+    rank, _, config, device, samples = join([*MODEL, *case["overrides"]])
     engine = build_engine(config, rank)
     train = config.train
     rows = train.micro_batch_size * train.sequence_length

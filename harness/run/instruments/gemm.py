@@ -1,9 +1,9 @@
 """The matrix-product rate of this machine, the denominator of `gemm_utilization`.
 
-Of the library that layers use (`harness.model.products`). Measured once per device, library, precision, threads,
-number of processes, cores and points at once, with as many processes at once as a run has ranks (they share cores,
-memory bandwidth and clock), and kept in the user's cache folder. One that was measured while other processes took the
-cores counts for its own run alone.
+By the library that computed the products of rank 0's layers (`harness.model.products.library`). Measured once per
+device, library, precision, threads, number of processes, cores and points at once, with as many processes at once as a
+run has ranks (they share cores, memory bandwidth and clock), and kept in the user's cache folder. One that was measured
+while other processes took the cores counts for its own run alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from harness.machine import Machine, cache_file
 from harness.model.precision import dtype_of
-from harness.model.products import product, takes_onednn
+from harness.model.products import library, product_by_onednn
 from harness.record.store import write_json
 from harness.spec.config import RunConfig
 
@@ -53,14 +53,14 @@ def gemm_flops_per_second(
         RuntimeError: one rank can't; raised on all.
     """
     known: list[float | None] = [None]
+    used = [library()]
     file: Path | None = None
     if dist.get_rank() == 0:
         with contextlib.suppress(Exception):  # no home, no file, a damaged one: it is measured
             processes = [f"{config.launch.threads_per_rank}threads", f"{config.parallel.world_size}ranks"]
             shared = [f"{machine.num_cores}cores", f"{config.launch.slots}slots"]
-            dtype = dtype_of(config.train.precision)
-            library = ["onednn"] if takes_onednn(dtype, device, 2 * SIZES[0] ** 3) else []
-            file = cache_file("gemm", machine, config.train.precision, *processes, *shared, *library)
+            by = [] if used == ["torch"] else used
+            file = cache_file("gemm", machine, config.train.precision, *processes, *shared, *by)
             cached = json.loads(file.read_text())
             rate, cores = float(cached["flops_per_second"]), float(cached["cores"])
             if rate >= achieved and (device.type == "cuda" or is_undisturbed(cores, config, machine)):
@@ -68,7 +68,8 @@ def gemm_flops_per_second(
     dist.broadcast_object_list(known, src=0, group=group)
     if known[0] is not None:
         return known[0]
-    rate, cores = measure(dtype_of(config.train.precision), device, group)
+    dist.broadcast_object_list(used, src=0, group=group)
+    rate, cores = measure(dtype_of(config.train.precision), device, group, used[0])
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,13 @@ def is_undisturbed(cores: float, config: RunConfig, machine: Machine) -> bool:
     return cores >= fair - max(0.1, 0.025 * fair)
 
 
-def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
+def measure(
+    dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None, by: str = "torch"
+) -> tuple[float, float]:
     """Best FLOP/s over growing square products, the mean over ranks that all compute at the same time.
+
+    Args:
+        by: the library, as `harness.model.products.library` names it.
 
     Returns:
         It, and the fewest cores that all ranks had together (CPU seconds per second) at the best size and beyond.
@@ -107,7 +113,7 @@ def measure(dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup |
     for size in SIZES:
         if 3 * size**2 * dtype.itemsize > memory:
             break
-        products_per_second, cores = _products_per_second(size, dtype, device, group)
+        products_per_second, cores = _products_per_second(size, dtype, device, group, by)
         found.append((2 * size**3 * products_per_second, cores))
         if products_per_second * WINDOW_SECONDS < 1:
             break
@@ -154,11 +160,11 @@ class Window(NamedTuple):
 
 
 def _products_per_second(
-    size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
+    size: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, by: str
 ) -> tuple[float, float]:
     """Products of one rank per second in the best window, and the cores that all had then."""
     products: list[Callable[[], None]] = []
-    agreed(lambda: products.append(build_product(size, dtype, device)), group)
+    agreed(lambda: products.append(build_product(size, dtype, device, by)), group)
     best = 0.0, 0.0
     for _ in range(WINDOWS):
         windows = agreed(lambda: repeat(products[0]), group)
@@ -167,13 +173,12 @@ def _products_per_second(
     return best
 
 
-def build_product(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+def build_product(size: int, dtype: torch.dtype, device: torch.device, by: str = "torch") -> Callable[[], None]:
     """Something that multiplies two random matrices [size, size] and waits until that is done; it has done so once."""
     a, b, out = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(3))
-    through_onednn = takes_onednn(dtype, device, 2 * size**3)
 
     def multiply() -> None:
-        product(a, b) if through_onednn else torch.mm(a, b, out=out)
+        product_by_onednn(a, b) if by == "onednn" else torch.mm(a, b, out=out)
         synchronize(device)
 
     multiply()

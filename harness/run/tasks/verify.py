@@ -16,11 +16,8 @@ from harness.spec.twin import reductions, twin_of
 
 def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:
     """Compare the small twin of the configured model with one rank, and write what came of it to result.json."""
-    twin, changes = twin_of(config), dict[str, Any]()
-    if detect_machine().device_kind == "cuda":  # a seed gives other masks there than on the reference's CPU
-        changes = {"dropout": 0.0}
-    elif IS_ONEDNN_FASTER and config.model.onednn is None and config.train.precision == "fp32":
-        changes = {"onednn": True}  # by itself the real model takes it, and its twin is too small to
+    twin = twin_of(config)
+    changes = changes_on(detect_machine().device_kind, config)
     twin = twin.model_copy(update={"model": twin.model.model_copy(update=changes)})
     phase = Heart(attempt.path, rank).phase
     comparisons = check_parity(twin, rank, phase)
@@ -36,6 +33,15 @@ def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:
     }
     _print(config, comparisons, result["reduced"])
     write_json(attempt.result_file, result)
+
+
+def changes_on(device_kind: str, config: RunConfig) -> dict[str, Any]:
+    """What the device changes in a twin's model, beyond its sizes."""
+    if device_kind == "cuda":  # a seed gives other masks there than on the reference's CPU
+        return {"dropout": 0.0}
+    takes_onednn = IS_ONEDNN_FASTER and config.model.onednn is None and config.parallel.engine != "dtensor"
+    # By themselves, products of the real model go through oneDNN, and those of a twin are too small to.
+    return {"onednn": True} if takes_onednn and config.train.precision == "fp32" else {}
 
 
 def _print(config: RunConfig, comparisons: list[Comparison], reduced: dict[str, tuple[object, object]]) -> None:

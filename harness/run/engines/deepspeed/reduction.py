@@ -17,7 +17,6 @@ def average(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
 
     Args:
         gradients: of one type and in the same order on all ranks.
-        group: one that knows means, unlike gloo's.
     """
     small = [gradient for gradient in gradients if gradient.numel() < SMALL]
     large = [gradient for gradient in gradients if gradient.numel() >= SMALL]
