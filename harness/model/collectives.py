@@ -142,17 +142,17 @@ class _CopiedLinear(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.bias, ctx.group, ctx.later = bias, group, later
+        ctx.parameters, ctx.group, ctx.later = (weight, bias), group, later
         return product(hidden, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (hidden, weight), gradient, bias = ctx.saved_tensors, gradients[0], ctx.bias
-        has_bias = bias is not None
+        (hidden, weight), gradient = ctx.saved_tensors, gradients[0]
+        has_bias = ctx.parameters[1] is not None
         reduced = all_reduce(product(gradient, weight.t()), ctx.group, overlap=True)
         if ctx.later is not None:
-            ctx.later.leave(lambda: product_gradients(gradient, hidden, has_bias), weight, bias)
+            ctx.later.leave(lambda: product_gradients(gradient, hidden, has_bias), *ctx.parameters)
             return reduced.wait(), None, None, None, None
         of_weight, *of_bias = product_gradients(gradient, hidden, has_bias)
         return reduced.wait(), of_weight, of_bias[0] if of_bias else None, None, None
@@ -187,24 +187,25 @@ class _GatheredLinear(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group, later: WeightGradients | None
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.bias, ctx.group, ctx.later = bias, group, later
+        ctx.parameters, ctx.group, ctx.later = (weight, bias), group, later
         return product(_gather(hidden, SEQUENCE, group), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        (hidden, weight), gradient, bias, group = ctx.saved_tensors, gradients[0], ctx.bias, ctx.group
+        (hidden, weight), gradient, group = ctx.saved_tensors, gradients[0], ctx.group
+        has_bias = ctx.parameters[1] is not None
         if ctx.later is not None:
 
             def of_parameters() -> list[Tensor]:
-                return product_gradients(gradient, _gather(hidden, SEQUENCE, group), bias is not None)
+                return product_gradients(gradient, _gather(hidden, SEQUENCE, group), has_bias)
 
-            ctx.later.leave(of_parameters, weight, bias)
+            ctx.later.leave(of_parameters, *ctx.parameters)
             return _scatter_sum(product(gradient, weight.t()), SEQUENCE, group).wait(), None, None, None, None
         gathered = all_gather(hidden, group, overlap=True)
         scattered = _scatter_sum(product(gradient, weight.t()), SEQUENCE, group, overlap=True)
         whole = _concatenated(gathered.wait(), SEQUENCE)
-        of_weight, *of_bias = product_gradients(gradient, whole, bias is not None)
+        of_weight, *of_bias = product_gradients(gradient, whole, has_bias)
         return scattered.wait(), of_weight, of_bias[0] if of_bias else None, None, None
 
 

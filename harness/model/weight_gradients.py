@@ -114,18 +114,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.bias, ctx.later = bias, later
+        ctx.parameters, ctx.later = (weight, bias), later  # what was saved is, recomputed, another tensor
         return product(hidden, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (hidden, weight), gradient, bias = ctx.saved_tensors, gradients[0], ctx.bias
+        (hidden, weight), gradient = ctx.saved_tensors, gradients[0]
+        has_bias = ctx.parameters[1] is not None
         of_hidden = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         if ctx.later is not None:
-            ctx.later.leave(lambda: product_gradients(gradient, hidden, bias is not None), weight, bias)
+            ctx.later.leave(lambda: product_gradients(gradient, hidden, has_bias), *ctx.parameters)
             return of_hidden, None, None, None
-        of_weight, *of_bias = product_gradients(gradient, hidden, bias is not None)
+        of_weight, *of_bias = product_gradients(gradient, hidden, has_bias)
         return of_hidden, of_weight, of_bias[0] if of_bias else None, None
 
 
