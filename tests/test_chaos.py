@@ -184,8 +184,7 @@ def test_a_killed_rank_ends_every_fast_path_alike(tmp_path: Path) -> None:
     assert len(table) == len(paths)
     for row in table:
         assert row["status"] == "crashed", row
-        ended = r"(rank 1|a rank) was ended by SIGKILL|rank 1 ended without a word; "  # who, if the other could tell
-        assert re.match(ended, row["reason"]), row
+        assert row["reason"].startswith(("rank 1 was ended by SIGKILL", "rank 1 ended without a word; ")), row
         assert float(row["step_seconds"]) > 0
     assert time.monotonic() - began < 30 * len(paths)  # nobody waited for a time-out
 

@@ -98,6 +98,21 @@ elif kind == "killed":
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
+elif kind == "killed at work":
+    import types
+    from harness.run import worker
+
+    def join():
+        (attempt / f"joins{rank}").touch()
+        wait_for(attempt / f"joins{1 - rank}")
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)  # without a look at its peer
+
+    name = "harness.run.engines.deepspeed.join"
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].initialize_distributed = join
+    worker.main([str(attempt)])
 elif kind == "import":
     if rank == 0:
         raise ImportError("no module of that name")
@@ -151,7 +166,7 @@ def run_side_by_side(folder: Path, kinds: dict[str, list[str]]) -> Ended:
 
 @pytest.fixture(scope="module")
 def failed(fake_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    return run_side_by_side(tmp_path_factory.mktemp("failed"), {"crash": [], "killed": []})
+    return run_side_by_side(tmp_path_factory.mktemp("failed"), {"crash": [], "killed": [], "killed at work": []})
 
 
 @pytest.fixture(scope="module")
@@ -375,6 +390,12 @@ def test_a_killed_rank_is_named_by_its_signal(failed: Ended) -> None:
     assert failed["killed"][1] == Outcome("crashed", "a rank was ended by SIGKILL")
 
 
+def test_ranks_that_are_stopped_tell_so_that_the_killed_one_is_known(failed: Ended) -> None:
+    attempt, outcome = failed["killed at work"]
+    assert outcome == Outcome("crashed", "rank 1 was ended by SIGKILL")
+    assert [error["signal"] for error in read_remains(attempt, 2).errors] == ["SIGTERM"]
+
+
 def test_a_signal_to_the_harness_ends_the_tree(attempt: Attempt) -> None:
     def stop() -> None:
         pids(attempt, rank=1)
@@ -488,6 +509,11 @@ KERNEL = "the kernel ran out of memory"
         # runs that the user's own deepspeed started
         (STOPPED, [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
         (STOPPED[:1], [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
+        # and of others: deepspeed saw who was first; nobody told the harness to stop
+        (STOPPED[:1], [1], 247, False, "", Outcome("crashed", "rank 1 was ended by SIGKILL")),
+        (STOPPED[:1], [], 247, False, "", Outcome("crashed", "rank 1 was ended by SIGKILL")),
+        (STOPPED[::-1], [], 241, False, "", Outcome("crashed", "rank 1 was ended by SIGTERM")),
+        (STOPPED, [], 1, False, "", Outcome("crashed", "stopped by SIGTERM before it finished")),
         (STOPPED[:1], [1], None, False, "",
          Outcome("crashed", "rank 1 ended without a word; deepspeed ended the others by SIGTERM")),
         ([STOPPED[0], error(1, "ValueError", "after that")], [], None, False, "",

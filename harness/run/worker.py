@@ -41,6 +41,14 @@ def main(argv: list[str]) -> None:
     """Run this rank on a prepared attempt."""
     attempt, task, rank = Attempt(Path(argv[0])), argv[1] if len(argv) > 1 else "train", int(os.environ["RANK"])
     _print_whole_lines()
+    ending = threading.Lock()
+
+    def fail(error: BaseException) -> NoReturn:
+        ending.acquire()  # the first of two threads that come here ends the process
+        _report(attempt, rank, error)
+        _finish(_status_of(error))
+
+    _call_when_told_to_stop(fail)
     try:
         heart = Heart(attempt.path, rank)
         heart.beat_with_imports()
@@ -50,8 +58,7 @@ def main(argv: list[str]) -> None:
         initialize_distributed()
         _run(attempt, task, rank)
     except BaseException as error:
-        _report(attempt, rank, error)
-        _finish(1)
+        fail(error)
     _finish(0)
 
 
@@ -177,10 +184,17 @@ def _call_when_told_to_stop(act: Callable[[BaseException], object]) -> None:
     """Call `act` from a thread of its own at the first signal to stop: the main thread may be deep in C++."""
     told, tell = os.pipe()
     os.set_blocking(tell, False)
-    for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda *_: None)
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=forget)  # nobody waits there
 
     def wait() -> None:
         while (number := os.read(told, 1)[0]) not in STOPS:
@@ -193,6 +207,11 @@ def _call_when_told_to_stop(act: Callable[[BaseException], object]) -> None:
         act(_Stopped(signal.Signals(number).name))
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _status_of(error: BaseException) -> int:
+    """The exit status of a rank: where a signal ended it, that with which `deepspeed` itself ends then."""
+    return 256 - signal.Signals[str(error)] if isinstance(error, _Stopped) else 1
 
 
 def _report(attempt: Attempt, rank: int, error: BaseException) -> None:
