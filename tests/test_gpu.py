@@ -21,7 +21,8 @@ from harness.spec.config import REPOSITORY
 
 STEPS = ["train.steps=4", "train.warmup_steps=1", "train.global_batch_size=8", "data=synthetic"]
 SMALL = [*TINY, *STEPS, "tracking.trace_steps=[3]"]
-LARGE = ["train.micro_batch_size=64", "train.global_batch_size=512"]
+LARGE = ["train.micro_batch_size=128", "train.global_batch_size=1024"]
+"""So that steps are long beside what happens between two instructions, and a time slice that a rank loses there."""
 FP16 = ["train.precision=fp16", "parallel.zero_stage=1"]
 BF16 = ["train.precision=bf16"]
 BENCH = ["comm_bench.min_bytes=1024", "comm_bench.max_bytes=65536", "comm_bench.repeats=2"]
@@ -31,14 +32,14 @@ TASKS: dict[int, list[tuple[str, list[str]]]] = {
         # Before any engine, which would set the device.
         ("comm_bench", [*SMALL, *BENCH, *BF16, "parallel.tp=2"]),
         ("train", [*SMALL, *BF16, "parallel.tp=2"]),
-        ("train", [*SMALL, *FP16, "parallel.pp=2"]),
-        ("train", [*SMALL, *FP16, "parallel.dp=2", "train.checkpoint_interval=2", "model.dropout=0.1"]),
+        ("train", [*SMALL, *LARGE, *FP16, "parallel.pp=2"]),
+        ("train", [*SMALL, *LARGE, *FP16, "parallel.dp=2", "train.checkpoint_interval=2", "model.dropout=0.1"]),
         ("train", [*SMALL, "parallel.tp=2", "parallel.sequence_parallel=true", "train.activation_checkpointing=full"]),
         ("verify", [*SMALL, *FP16, "parallel.tp=2"]),
         ("verify", [*SMALL, *BF16, "parallel.pp=2"]),
         ("comm_bench", [*SMALL, *BENCH, *FP16, "parallel.pp=2"]),
     ],
-    4: [  # on fewer cores, so that steps are long beside a time slice that a rank loses between two instructions
+    4: [
         ("train", [*SMALL, *LARGE, *BF16, "parallel.tp=2", "parallel.pp=2"]),
         ("train", [*SMALL, *LARGE, *FP16, "parallel.pp=2", "parallel.dp=2"]),
         ("verify", [*SMALL, *FP16, "parallel.tp=2", "parallel.dp=2"]),
