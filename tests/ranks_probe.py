@@ -1,4 +1,4 @@
-"""Rank program: the seconds of the layers of several models, as later configurations find them."""
+"""Rank program: the seconds of the layers of several models, as later configurations find them, and by what library."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from helpers import MACHINE, make_config
 
+from harness.model.products import library
 from harness.record.store import Attempt
 from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.tasks.probe import probe
@@ -24,5 +25,5 @@ def run(argument: list[list[str]], folder: Path) -> list[Any]:
         attempt.path.mkdir(exist_ok=True)
         probe(attempt, probed_config(make_config(*overrides, machine=MACHINE)), int(os.environ["RANK"]))
         torch.distributed.barrier()
-        answers.append(read_layer_seconds(attempt.result_file))
-    return [vars(answer) for answer in answers]
+        answers.append({"seconds": vars(read_layer_seconds(attempt.result_file)), "products": library()})
+    return answers

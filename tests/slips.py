@@ -698,6 +698,34 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/run/tasks/probe.py",
+        "tests/test_layer_seconds.py -k wait",
+        True,
+        {"layers_are_probed_by_another_library": ("    use_onednn(config.model.onednn)\n", "")},
+    ),
+    *slips(
+        "harness/run/worker.py",
+        "tests/test_process.py -k stop",
+        True,
+        {
+            "ranks_stop_without_a_word": ("    _call_when_told_to_stop(fail)\n", ""),
+            "a_stopped_rank_just_failed": ("_finish(_status_of(error))", "_finish(1)"),
+            "forked_children_do_not_stop": ("    os.register_at_fork(after_in_child=forget)", "    forget"),
+        },
+    ),
+    *slips(
+        "harness/record/diagnose.py",
+        "tests/test_process.py -k diagnosis",
+        False,
+        {
+            "whoever_was_stopped_is_not_named": ('    suspects = suspects or [error["rank"] for', "    [error for"),
+            "a_stop_from_outside_ends_the_sweep": (
+                '"interrupted" if exit_status is None else',
+                '"interrupted" if 1 else',
+            ),
+        },
+    ),
+    *slips(
         "harness/run/tasks/verify.py",
         "tests/test_products.py",
         False,

@@ -13,6 +13,7 @@ import harness.launch.points as points
 from harness.errors import ConfigError
 from harness.launch.points import check_configuration
 from harness.machine import Machine
+from harness.model.products import HAS_ONEDNN
 from harness.record.store import write_json
 from harness.spec.config import RunConfig
 from harness.spec.identity import identity
@@ -43,10 +44,13 @@ def test_layers_that_wait_take_as_long_as_they_wait(tmp_path: Path) -> None:
     """On two tensor-parallel ranks; and those of a model that computes take some time."""
     waits = ["model=emulated", "model.forward_seconds=0.02", "model.backward_seconds=0.06", "data=synthetic"]
     small = ["model=llama_tiny", "train.sequence_length=32", "train.activation_checkpointing=full"]
-    runs = [[*own, "parallel.tp=2"] for own in (waits, small)]
-    emulated, computed = run_ranks(2, "ranks_probe", runs, tmp_path)
+    onednn = [f"model.onednn={str(HAS_ONEDNN).lower()}"]
+    runs = [[*own, "parallel.tp=2"] for own in (waits, [*small, *onednn], [*small, "model.onednn=false"])]
+    answers = run_ranks(2, "ranks_probe", runs, tmp_path)
+    assert [answer["products"] for answer in answers] == ["torch", "onednn" if HAS_ONEDNN else "torch", "torch"]
+    emulated, *computed = [answer["seconds"] for answer in answers]
     assert emulated["block"] == pytest.approx([0.02, 0.03, 0.03], abs=5e-3)
-    assert all(seconds > 0 for layer in computed.values() for seconds in layer)
+    assert all(seconds > 0 for layers in computed for layer in layers.values() for seconds in layer)
 
 
 def test_parts_by_hand() -> None:

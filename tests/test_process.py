@@ -98,15 +98,24 @@ elif kind == "killed":
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
-elif kind == "killed at work":
+elif kind in ("killed at work", "told to stop at work"):
     import types
     from harness.run import worker
 
     def join():
         (attempt / f"joins{rank}").touch()
         wait_for(attempt / f"joins{1 - rank}")
-        if rank == 1:
+        if rank == 1 and kind == "killed at work":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif rank == 1:
+            if (child := os.fork()) == 0:
+                (attempt / "child").touch()
+                time.sleep(30)
+                os._exit(0)
+            wait_for(attempt / "child")
+            os.kill(child, signal.SIGTERM)
+            (attempt / "child").write_text(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)  # without a look at its peer
 
     name = "harness.run.engines.deepspeed.join"
@@ -166,7 +175,9 @@ def run_side_by_side(folder: Path, kinds: dict[str, list[str]]) -> Ended:
 
 @pytest.fixture(scope="module")
 def failed(fake_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    return run_side_by_side(tmp_path_factory.mktemp("failed"), {"crash": [], "killed": [], "killed at work": []})
+    return run_side_by_side(
+        tmp_path_factory.mktemp("failed"), {"crash": [], "killed": [], "killed at work": [], "told to stop at work": []}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +405,13 @@ def test_ranks_that_are_stopped_tell_so_that_the_killed_one_is_known(failed: End
     attempt, outcome = failed["killed at work"]
     assert outcome == Outcome("crashed", "rank 1 was ended by SIGKILL")
     assert [error["signal"] for error in read_remains(attempt, 2).errors] == ["SIGTERM"]
+
+
+def test_a_rank_that_was_told_to_stop_is_named_and_its_children_are_none_the_wiser(failed: Ended) -> None:
+    attempt, outcome = failed["told to stop at work"]
+    assert outcome == Outcome("crashed", "rank 1 was ended by SIGTERM")
+    assert [error["rank"] for error in read_remains(attempt, 2).errors] == [1, 0]
+    assert (attempt.path / "child").read_text() == str(-signal.SIGTERM)
 
 
 def test_a_signal_to_the_harness_ends_the_tree(attempt: Attempt) -> None:

@@ -4,8 +4,10 @@
 
 Both libraries take turns for all products, also those that are too small to gain, on one thread and the model of
 peers.py unless overrides say otherwise: for the forward product of each shape of weight and the products for the
-gradients of its input and of the weight, and for whole steps of an engine. Compared are seconds, as the median of
-paired ratios with its 95 % interval. Then, by torch.profiler, the operations that a step with oneDNN consists of.
+gradients of its input and of the weight, for whole steps of an engine, and for a linear map of several sizes with its
+backward pass: from which size on does it pay (`WORTHWHILE_FLOP` of harness/model/products.py)? Compared are seconds, as
+the median of paired ratios with its 95 % interval. Then, by torch.profiler, the operations that a step with oneDNN
+consists of.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from math import log2
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +26,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 LIBRARIES = {"torch": False, "onednn": True}
 """By name, what `use_onednn` is told."""
+FEW_ROWS, WIDTHS, TIMES = 128, (64, 96, 128, 160, 192, 256, 384), 20
+"""Linear maps, each that often in a turn."""
 LEAST_SHARE = 0.005
 """Of a step, for an operation to be listed."""
 
@@ -63,6 +68,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     from harness.model.products import product, use_onednn
+    from harness.model.weight_gradients import linear
     from harness.run.data import micro_batches
     from harness.run.engines.engine import build_engine
     from harness.spec.counts import training_flops_per_token
@@ -89,6 +95,17 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     data = micro_batches(config, samples, dp_rank=0)
     measured.append(("step", flop, partial(engine.train_step, data)))
+
+    def pass_often(hidden: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        for _ in range(TIMES):
+            torch.autograd.grad(linear(hidden, weight, None, None), (hidden, weight), gradient)
+
+    for width in WIDTHS:
+        hidden, weight = (torch.randn(size, width, requires_grad=True) for size in (FEW_ROWS, width))
+        flop_of_one = 2.0 * FEW_ROWS * width**2
+        passes = partial(pass_often, hidden, weight, torch.randn(FEW_ROWS, width))
+        what = f"{TIMES} linear maps with backward, {FEW_ROWS} rows, {width} -> {width}: 2^{log2(flop_of_one):.1f} FLOP"
+        measured.append((what, 3 * TIMES * flop_of_one, passes))
 
     found = []
     for what, operations, act in measured:
