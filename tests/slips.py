@@ -714,15 +714,17 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/launch/attempts.py",
+        "tests/test_process.py -k stop",
+        True,
+        {"a_stopped_launcher_stops_the_sweep": ('outcome.status == "interrupted":', "False:")},
+    ),
+    *slips(
         "harness/record/diagnose.py",
         "tests/test_process.py -k diagnosis",
         False,
         {
             "whoever_was_stopped_is_not_named": ('    suspects = suspects or [error["rank"] for', "    [error for"),
-            "a_stop_from_outside_ends_the_sweep": (
-                '"interrupted" if exit_status is None else',
-                '"interrupted" if 1 else',
-            ),
         },
     ),
     *slips(

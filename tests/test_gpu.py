@@ -21,8 +21,9 @@ from harness.spec.config import REPOSITORY
 
 STEPS = ["train.steps=4", "train.warmup_steps=1", "train.global_batch_size=8", "data=synthetic"]
 SMALL = [*TINY, *STEPS, "tracking.trace_steps=[3]"]
-LARGE = ["train.micro_batch_size=128", "train.global_batch_size=1024"]
-"""So that steps are long beside what happens between two instructions, and a time slice that a rank loses there."""
+LARGE = ["train.micro_batch_size=128", "train.global_batch_size=1024", "train.learning_rate=0.01"]
+"""Steps are long beside what happens between two instructions, and a time slice that a rank loses there; and the few of
+them make more of the loss than one batch differs from the next."""
 FP16 = ["train.precision=fp16", "parallel.zero_stage=1"]
 BF16 = ["train.precision=bf16"]
 BENCH = ["comm_bench.min_bytes=1024", "comm_bench.max_bytes=65536", "comm_bench.repeats=2"]

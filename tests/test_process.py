@@ -98,7 +98,7 @@ elif kind == "killed":
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
-elif kind in ("killed at work", "told to stop at work"):
+elif kind.endswith(" at work"):
     import types
     from harness.run import worker
 
@@ -107,6 +107,8 @@ elif kind in ("killed at work", "told to stop at work"):
         wait_for(attempt / f"joins{1 - rank}")
         if rank == 1 and kind == "killed at work":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif rank == 1 and kind == "launcher stopped at work":
+            os.kill(os.getppid(), signal.SIGTERM)
         elif rank == 1:
             if (child := os.fork()) == 0:
                 (attempt / "child").touch()
@@ -175,9 +177,11 @@ def run_side_by_side(folder: Path, kinds: dict[str, list[str]]) -> Ended:
 
 @pytest.fixture(scope="module")
 def failed(fake_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    return run_side_by_side(
-        tmp_path_factory.mktemp("failed"), {"crash": [], "killed": [], "killed at work": [], "told to stop at work": []}
-    )
+    works = ("killed at work", "stopped at work", "launcher stopped at work")
+    kinds: dict[str, list[str]] = {kind: [] for kind in ("crash", "killed", *works)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempts, "ERROR_SECONDS", 60.0)  # for deepspeed to say whom it saw end, on a busy machine
+        return run_side_by_side(tmp_path_factory.mktemp("failed"), kinds)
 
 
 @pytest.fixture(scope="module")
@@ -407,8 +411,12 @@ def test_ranks_that_are_stopped_tell_so_that_the_killed_one_is_known(failed: End
     assert [error["signal"] for error in read_remains(attempt, 2).errors] == ["SIGTERM"]
 
 
-def test_a_rank_that_was_told_to_stop_is_named_and_its_children_are_none_the_wiser(failed: Ended) -> None:
-    attempt, outcome = failed["told to stop at work"]
+def test_a_launcher_that_is_stopped_stops_no_sweep(failed: Ended) -> None:
+    assert failed["launcher stopped at work"][1] == Outcome("crashed", "stopped by SIGTERM before it finished")
+
+
+def test_a_rank_that_was_stopped_is_named_and_its_children_are_none_the_wiser(failed: Ended) -> None:
+    attempt, outcome = failed["stopped at work"]
     assert outcome == Outcome("crashed", "rank 1 was ended by SIGTERM")
     assert [error["rank"] for error in read_remains(attempt, 2).errors] == [1, 0]
     assert (attempt.path / "child").read_text() == str(-signal.SIGTERM)
@@ -527,11 +535,10 @@ KERNEL = "the kernel ran out of memory"
         # runs that the user's own deepspeed started
         (STOPPED, [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
         (STOPPED[:1], [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
-        # and of others: deepspeed saw who was first; nobody told the harness to stop
+        # and of others: deepspeed saw who was first
         (STOPPED[:1], [1], 247, False, "", Outcome("crashed", "rank 1 was ended by SIGKILL")),
         (STOPPED[:1], [], 247, False, "", Outcome("crashed", "rank 1 was ended by SIGKILL")),
         (STOPPED[::-1], [], 241, False, "", Outcome("crashed", "rank 1 was ended by SIGTERM")),
-        (STOPPED, [], 1, False, "", Outcome("crashed", "stopped by SIGTERM before it finished")),
         (STOPPED[:1], [1], None, False, "",
          Outcome("crashed", "rank 1 ended without a word; deepspeed ended the others by SIGTERM")),
         ([STOPPED[0], error(1, "ValueError", "after that")], [], None, False, "",

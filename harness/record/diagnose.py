@@ -103,7 +103,7 @@ def judge(
     return (
         _by_report(remains)
         or _by_signal(attempt.log_file, remains, death, oom_killed)
-        or _by_silence(remains, exit_status, oom_killed)
+        or _by_silence(remains, oom_killed)
         or _by_log(attempt.log_file, exit_status)
     )
 
@@ -129,7 +129,7 @@ def _by_signal(log: Path, remains: Remains, death: Death | None, oom_killed: boo
     return Outcome("crashed", reason)
 
 
-def _by_silence(remains: Remains, exit_status: int | None, oom_killed: bool) -> Outcome | None:
+def _by_silence(remains: Remains, oom_killed: bool) -> Outcome | None:
     """A rank that ended without a word while others reported that they lost it, or that they were stopped."""
     if not remains.errors:
         return None
@@ -137,9 +137,7 @@ def _by_silence(remains: Remains, exit_status: int | None, oom_killed: bool) -> 
     if stopped := remains.telling:  # by deepspeed, when a rank is gone or failed to begin, or else from outside
         name = str(stopped[0]["signal"])
         if not remains.gone and not (remains.absent and name == "SIGTERM"):
-            # The harness, had it been told to stop, would know.
-            status: Status = "interrupted" if exit_status is None else "crashed"
-            return Outcome(status, f"stopped by {name} before it finished")
+            return Outcome("interrupted", f"stopped by {name} before it finished")
         evidence = f"deepspeed ended the others by {name}"
     if not remains.silent:
         return Outcome("crashed", f"the ranks lost each other, and none reports another cause; {evidence}")
