@@ -45,8 +45,12 @@ def main(argv: list[str]) -> None:
 
     def fail(error: BaseException) -> NoReturn:
         ending.acquire()  # the first of two threads that come here ends the process
-        _report(attempt, rank, error)
-        _finish(_status_of(error))
+        try:
+            _report(attempt, rank, error)
+        except BaseException as problem:
+            traceback.print_exception(problem, chain=False)  # what it came after may hold secrets
+        finally:
+            _finish(_status_of(error))
 
     _call_when_told_to_stop(fail)
     try:
