@@ -232,10 +232,14 @@ def counts() -> Iterator[int]:
     yield len(list(Path("/dev/shm").iterdir()))
 
 
-def a_rank_dies(during: str, victim: int) -> None:
-    """Leaves what the other rank says, which waits for the killed one, and after how long."""
-    shared, _ = both_groups()
-    dist.all_reduce(torch.ones(3), group=shared)
+def a_rank_dies(during: str, victim: int, waiting: int) -> None:
+    """Leaves what the rank says that waits for the killed one, the other of their group, and after how long."""
+    shared = dist.new_group(sorted([victim, waiting]))
+    if is_member := dist.get_rank() in (victim, waiting):
+        dist.all_reduce(torch.ones(3), group=shared)
+    dist.barrier()  # rank 0 keeps what they tell each other
+    if not is_member:
+        return
     if dist.get_rank() == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     began = time.monotonic()

@@ -216,6 +216,7 @@ SLIPS = [
         True,
         {
             "shared_slots_reused_unheard": ("return all(heard[0] > oldest for heard in self._heard)", "return True"),
+            "the_lost_are_named_by_their_place": ("int(number) for _, number, pid, *_", "0 for _, _, pid, *_"),
             "shared_read_before_it_is_said": ("self._peers.wait(lambda: said[0] > number)", "pass"),
             "shared_sums_of_other_ranks_only": (
                 "for rank in range(2, self._size):\n            own.add_",
@@ -709,7 +710,6 @@ SLIPS = [
         True,
         {
             "ranks_stop_without_a_word": ("    _call_when_told_to_stop(fail)\n", ""),
-            "a_stopped_rank_just_failed": ("_finish(_status_of(error))", "_finish(1)"),
             "forked_children_do_not_stop": ("    os.register_at_fork(after_in_child=forget)", "    forget"),
         },
     ),
@@ -717,14 +717,18 @@ SLIPS = [
         "harness/launch/attempts.py",
         "tests/test_process.py -k stop",
         True,
-        {"a_stopped_launcher_stops_the_sweep": ('outcome.status == "interrupted":', "False:")},
+        {"a_stopped_launcher_stops_the_sweep": (", watched=True)", ")")},
     ),
     *slips(
         "harness/record/diagnose.py",
         "tests/test_process.py -k diagnosis",
         False,
         {
-            "whoever_was_stopped_is_not_named": ('    suspects = suspects or [error["rank"] for', "    [error for"),
+            "the_last_that_was_stopped_is_named": (
+                'rank, name = stopped[0]["rank"]',
+                'rank, name = stopped[-1]["rank"]',
+            ),
+            "a_killed_launcher_is_a_stopped_rank": ("if remains.absent or exit_status == 0:", "if remains.absent:"),
         },
     ),
     *slips(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from harness.record import diagnose
 from harness.record.diagnose import Death, Outcome, Remains, judge, read_remains
 from harness.record.heartbeat import DONE, Heart
 from harness.record.store import Attempt, SweepDirectory, environment, read_json, write_json
+from harness.run.instruments.memory import peak_memory_bytes
 
 RANK = """
 import json, os, signal, sys, time
@@ -107,8 +109,8 @@ elif kind.endswith(" at work"):
         wait_for(attempt / f"joins{1 - rank}")
         if rank == 1 and kind == "killed at work":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif rank == 1 and kind == "launcher stopped at work":
-            os.kill(os.getppid(), signal.SIGTERM)
+        elif rank == 1 and kind.startswith("launcher"):
+            os.kill(os.getppid(), signal.SIGKILL if "killed" in kind else signal.SIGTERM)
         elif rank == 1:
             if (child := os.fork()) == 0:
                 (attempt / "child").touch()
@@ -177,7 +179,7 @@ def run_side_by_side(folder: Path, kinds: dict[str, list[str]]) -> Ended:
 
 @pytest.fixture(scope="module")
 def failed(fake_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    works = ("killed at work", "stopped at work", "launcher stopped at work")
+    works = [f"{what} at work" for what in ("killed", "stopped", "launcher killed", "launcher stopped")]
     kinds: dict[str, list[str]] = {kind: [] for kind in ("crash", "killed", *works)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attempts, "ERROR_SECONDS", 60.0)  # for deepspeed to say whom it saw end, on a busy machine
@@ -411,8 +413,17 @@ def test_ranks_that_are_stopped_tell_so_that_the_killed_one_is_known(failed: End
     assert [error["signal"] for error in read_remains(attempt, 2).errors] == ["SIGTERM"]
 
 
-def test_a_launcher_that_is_stopped_stops_no_sweep(failed: Ended) -> None:
-    assert failed["launcher stopped at work"][1] == Outcome("crashed", "stopped by SIGTERM before it finished")
+def test_the_end_of_the_launcher_stops_no_sweep(failed: Ended) -> None:
+    assert failed["launcher stopped at work"][1] == Outcome("crashed", "rank 0 was ended by SIGTERM")
+    outcome = failed["launcher killed at work"][1]
+    assert outcome.status == "crashed"
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("the run ended with exit status 0 and without a result")
+
+
+def test_a_rank_can_tell_its_memory_while_it_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.cuda", ModuleType("torch.cuda"))
+    assert peak_memory_bytes() > 0
 
 
 def test_a_rank_that_was_stopped_is_named_and_its_children_are_none_the_wiser(failed: Ended) -> None:
@@ -535,10 +546,13 @@ KERNEL = "the kernel ran out of memory"
         # runs that the user's own deepspeed started
         (STOPPED, [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
         (STOPPED[:1], [], None, False, "", Outcome("interrupted", "stopped by SIGTERM before it finished")),
-        # and of others: deepspeed saw who was first
+        # and of others
+        ([LOST, STOPPED[1]], [], 1, False, "", Outcome("crashed", "rank 1 was ended by SIGTERM")),
+        (STOPPED, [], 1, False, "", Outcome("crashed", "rank 0 was ended by SIGTERM")),
+        (STOPPED, [], 0, False, "", Outcome("crashed", "the run ended with exit status 0 and without a result")),
         (STOPPED[:1], [1], 247, False, "", Outcome("crashed", "rank 1 was ended by SIGKILL")),
         (STOPPED[:1], [], 247, False, "", Outcome("crashed", "rank 1 was ended by SIGKILL")),
-        (STOPPED[::-1], [], 241, False, "", Outcome("crashed", "rank 1 was ended by SIGTERM")),
+        (STOPPED[::-1], [], 1, False, "", Outcome("crashed", "rank 1 was ended by SIGTERM")),
         (STOPPED[:1], [1], None, False, "",
          Outcome("crashed", "rank 1 ended without a word; deepspeed ended the others by SIGTERM")),
         ([STOPPED[0], error(1, "ValueError", "after that")], [], None, False, "",
@@ -563,7 +577,10 @@ def test_diagnosis(
     silent = sorted({0, 1} - {error["rank"] for error in errors})
     remains = Remains(errors, silent, gone, absent=[])
     death = local.death(exit_status)
-    assert judge(Attempt(tmp_path), remains, exit_status=exit_status, death=death, oom_killed=oom_killed) == expected
+    watched = exit_status is not None
+    assert expected == judge(
+        Attempt(tmp_path), remains, exit_status=exit_status, death=death, oom_killed=oom_killed, watched=watched
+    )
 
 
 def test_a_result_outweighs_how_the_processes_ended(tmp_path: Path) -> None:
@@ -572,8 +589,18 @@ def test_a_result_outweighs_how_the_processes_ended(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_never_began_is_named(tmp_path: Path) -> None:
-    outcome = judge(Attempt(tmp_path), Remains(STOPPED[:1], [1], [], absent=[1]))
-    assert outcome == Outcome("crashed", "rank 1 ended without a word; deepspeed ended the others by SIGTERM")
+    remains = Remains(STOPPED[:1], [1], [], absent=[1])
+    outcome = judge(Attempt(tmp_path), remains)
+    assert outcome == Outcome("crashed", "rank 1 had not joined when rank 0 was ended by SIGTERM")
+    (tmp_path / "log.txt").write_text("Traceback (most recent call last):\nImportError: no torch\n")
+    outcome = judge(Attempt(tmp_path), remains, exit_status=1, watched=True)
+    assert outcome == Outcome("crashed", "ImportError: no torch")
+
+
+def test_of_ranks_that_somebody_stopped_the_first_is_named(tmp_path: Path) -> None:
+    """Also while deepspeed has not ended."""
+    remains = Remains(STOPPED, silent=[], gone=[], absent=[])
+    assert judge(Attempt(tmp_path), remains, watched=True) == Outcome("crashed", "rank 0 was ended by SIGTERM")
 
 
 def test_what_ranks_left_is_read_from_their_files(tmp_path: Path) -> None:

@@ -56,16 +56,23 @@ def test_ranks_that_do_not_do_the_same_are_told(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("during", ["collective", "message"])
-def test_who_waits_for_a_killed_rank_is_told_within_a_second(during: str, victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("during", "victim", "waiting"),
+    [("collective", 0, 1), ("collective", 1, 0), ("message", 0, 1), ("message", 1, 0), ("collective", 2, 1)],
+)
+def test_who_waits_for_a_killed_rank_is_told_within_a_second(
+    during: str, victim: int, waiting: int, tmp_path: Path
+) -> None:
     """Rank 0 keeps what ranks tell each other of where their memory is."""
     before = set(Path("/dev/shm").iterdir())
-    argument = {"check": "a_rank_dies", "with": {"during": during, "victim": victim}}
-    statuses = start_ranks(2, "ranks_shared_memory", argument, tmp_path, timeout=120).wait()
-    assert (statuses[victim], statuses[1 - victim]) == (-9, 0)
+    argument = {"check": "a_rank_dies", "with": {"during": during, "victim": victim, "waiting": waiting}}
+    size = max(victim, waiting) + 1
+    statuses = start_ranks(size, "ranks_shared_memory", argument, tmp_path, timeout=120).wait()
+    assert statuses == [-9 if rank == victim else 0 for rank in range(size)]
     answer = read_json(tmp_path / "said.json")
     assert answer is not None
     assert answer["seconds"] < 1
     assert LOST_PEER.search(answer["error"])
+    if during == "collective":
+        assert answer["error"].endswith(f"the process of rank {victim} has ended")
     assert set(Path("/dev/shm").iterdir()) <= before

@@ -110,10 +110,7 @@ def _run_once(
     if ended_by_us is not None and not attempt.keep_partial_result():
         return ended_by_us
     oom_killed = processes.out_of_memory()
-    outcome = judge(attempt, remains, exit_status=exit_status, death=death, oom_killed=oom_killed)
-    if outcome.status == "interrupted":  # ranks were, by somebody who told the harness nothing
-        return dataclasses.replace(outcome, status="crashed")
-    return outcome
+    return judge(attempt, remains, exit_status=exit_status, death=death, oom_killed=oom_killed, watched=True)
 
 
 def _follow(

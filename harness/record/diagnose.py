@@ -90,6 +90,7 @@ def judge(
     exit_status: int | None = None,
     death: Death | None = None,
     oom_killed: bool = False,
+    watched: bool = False,
 ) -> Outcome:
     """How an attempt ended; a complete result makes it ok whatever happened later.
 
@@ -97,6 +98,7 @@ def judge(
         exit_status: where the harness started the run and it has ended.
         death: a signal that whoever started the run has heard of.
         oom_killed: the kernel has ended a process for want of memory meanwhile.
+        watched: who asks outlives the ranks, and was not told to stop.
     """
     if attempt.keep_partial_result():
         return Outcome("ok")
@@ -104,6 +106,7 @@ def judge(
         _by_report(remains)
         or _by_signal(attempt.log_file, remains, death, oom_killed)
         or _by_silence(remains, oom_killed)
+        or _by_stop(remains, exit_status, watched)
         or _by_log(attempt.log_file, exit_status)
     )
 
@@ -130,20 +133,32 @@ def _by_signal(log: Path, remains: Remains, death: Death | None, oom_killed: boo
 
 
 def _by_silence(remains: Remains, oom_killed: bool) -> Outcome | None:
-    """A rank that ended without a word while others reported that they lost it, or that they were stopped."""
-    if not remains.errors:
+    """A rank that ended without a word while others reported that they lost it, or that `deepspeed` stopped them."""
+    stopped = remains.telling
+    if not remains.errors or (stopped and not remains.gone):
         return None
     evidence = _error_reason(remains.errors)[:200]
-    if stopped := remains.telling:  # by deepspeed, when a rank is gone or failed to begin, or else from outside
-        name = str(stopped[0]["signal"])
-        if not remains.gone and not (remains.absent and name == "SIGTERM"):
-            return Outcome("interrupted", f"stopped by {name} before it finished")
-        evidence = f"deepspeed ended the others by {name}"
+    if stopped:
+        evidence = f"deepspeed ended the others by {stopped[0]['signal']}"
     if not remains.silent:
         return Outcome("crashed", f"the ranks lost each other, and none reports another cause; {evidence}")
     if oom_killed:
         return Outcome("oom", f"{_victim(remains)} was ended by SIGKILL: the kernel ran out of memory")
     return Outcome("crashed", f"{_victim(remains)} ended without a word; {evidence}")
+
+
+def _by_stop(remains: Remains, exit_status: int | None, watched: bool) -> Outcome | None:
+    """Ranks that were told to stop though none is gone: from outside, or by `deepspeed` as one failed to begin."""
+    if not (stopped := remains.telling):
+        return None
+    rank, name = stopped[0]["rank"], stopped[0]["signal"]
+    if not watched and remains.absent and name == "SIGTERM":
+        return Outcome("crashed", f"{name_ranks(remains.absent)} had not joined when rank {rank} was ended by {name}")
+    if not watched:
+        return Outcome("interrupted", f"stopped by {name} before it finished")
+    if remains.absent or exit_status == 0:  # the log knows more; and after `deepspeed` itself the guard stops them
+        return None
+    return Outcome("crashed", f"rank {rank} was ended by {name}")
 
 
 def _by_log(log: Path, exit_status: int | None) -> Outcome:
@@ -160,7 +175,6 @@ def _by_log(log: Path, exit_status: int | None) -> Outcome:
 def _victim(remains: Remains) -> str:
     """Who ended without a word, as far as that is known."""
     suspects = remains.gone or (remains.silent if remains.errors else [])
-    suspects = suspects or [error["rank"] for error in remains.telling[:1] if "signal" in error]
     return name_ranks(suspects) if len(suspects) == 1 else "a rank"
 
 

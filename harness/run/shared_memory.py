@@ -129,8 +129,8 @@ class SharedMemoryGroup(dist.ProcessGroup):
         self._unavailable = "there is one rank"
         if size > 1 and self.wanted:
             try:
-                self._memories, pids = meet(store, rank, size, 2 * Ring.num_bytes())
-                self._peers = Peers(pids, timeout)
+                self._memories, processes = meet(store, rank, size, 2 * Ring.num_bytes())
+                self._peers = Peers(processes, timeout)
                 self._said, self._sums = (
                     Ring(self._memories, first, rank, self._peers) for first in (0, Ring.num_bytes())
                 )
@@ -647,8 +647,8 @@ class Memory:
             self.close()
 
 
-def meet(store: Store, rank: int, size: int, num_bytes: int) -> tuple[list[Memory], list[int]]:
-    """Memory of every rank, and their processes; all ranks call this at once.
+def meet(store: Store, rank: int, size: int, num_bytes: int) -> tuple[list[Memory], dict[int, int]]:
+    """Memory of every rank, and by their processes the ranks among all; those of the group call this at once.
 
     Raises:
         Unavailable: on all of them, if one can't map that of another.
@@ -658,7 +658,8 @@ def meet(store: Store, rank: int, size: int, num_bytes: int) -> tuple[list[Memor
         own = Memory.make(num_bytes)
     except Unavailable as reason:
         problem = str(reason)
-    told = _tell(store, "memory", rank, size, f"{_host()} {own.address}" if own else f"- {problem}")
+    among_all = dist.get_rank() if dist.is_initialized() else rank
+    told = _tell(store, "memory", rank, size, f"{_host()} {among_all} {own.address}" if own else f"- {problem}")
     found: list[Memory] = []
     if problems := [text.partition(" ")[2] for text in told if text.startswith("- ")]:
         problem = problems[0]
@@ -666,14 +667,14 @@ def meet(store: Store, rank: int, size: int, num_bytes: int) -> tuple[list[Memor
         problem = f"its ranks are on {num_hosts} hosts"
     else:
         try:
-            addresses = [text.partition(" ")[2] for text in told]
+            addresses = [text.split(" ", 2)[2] for text in told]
             found = [own if r == rank and own else Memory.find(address) for r, address in enumerate(addresses)]
         except Unavailable as reason:
             problem = str(reason)
     if problems := [text for text in _tell(store, "mapped", rank, size, problem) if text]:
         raise Unavailable(problems[0])
     found[rank].close()
-    return found, [int(address.split()[0]) for address in addresses]
+    return found, {int(pid): int(number) for _, number, pid, *_ in map(str.split, told)}
 
 
 def _tell(store: Store, what: str, rank: int, size: int, text: str) -> list[str]:
@@ -690,10 +691,14 @@ def _host() -> str:
 
 
 class Peers:
-    """The processes of a group, watched for their end while one waits for them."""
+    """The processes of a group, watched for their end while one waits for them.
 
-    def __init__(self, pids: Sequence[int], timeout: timedelta) -> None:
-        self._pids, self._timeout = pids, timeout
+    Args:
+        ranks: by process, among all.
+    """
+
+    def __init__(self, ranks: Mapping[int, int], timeout: timedelta) -> None:
+        self._ranks, self._timeout = ranks, timeout
 
     def wait(self, is_ready: Callable[[], bool]) -> None:
         """Wait for them.
@@ -712,11 +717,9 @@ class Peers:
             time.sleep(50e-6)
             if now - looked > LOOK_SECONDS:
                 looked = now
-                ended = [rank for rank, pid in enumerate(self._pids) if _has_ended(pid)]
+                ended = [rank for pid, rank in self._ranks.items() if _has_ended(pid)]
                 if ended and not is_ready():
-                    raise RuntimeError(
-                        f"connection closed by peer: the process of rank {ended[0]} of a group has ended"
-                    )
+                    raise RuntimeError(f"connection closed by peer: the process of rank {ended[0]} has ended")
                 if now - began > self._timeout.total_seconds():
                     raise RuntimeError(f"timed out waiting for a rank of a group after {now - began:.0f} s")
 

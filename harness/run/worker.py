@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         except BaseException as problem:
             traceback.print_exception(problem, chain=False)  # what it came after may hold secrets
         finally:
-            _finish(_status_of(error))
+            _finish(1)
 
     _call_when_told_to_stop(fail)
     try:
@@ -211,11 +211,6 @@ def _call_when_told_to_stop(act: Callable[[BaseException], object]) -> None:
         act(_Stopped(signal.Signals(number).name))
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _status_of(error: BaseException) -> int:
-    """The exit status of a rank: where a signal ended it, that with which `deepspeed` itself ends then."""
-    return 256 - signal.Signals[str(error)] if isinstance(error, _Stopped) else 1
 
 
 def _report(attempt: Attempt, rank: int, error: BaseException) -> None:

@@ -14,9 +14,9 @@ from harness.machine import peak_resident_bytes
 
 
 def _cuda() -> Any | None:
-    """torch.cuda where this rank uses a GPU; torch may not have been imported yet."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+    """torch.cuda where this rank uses a GPU; it may not have been imported yet, or not to its end."""
+    cuda = sys.modules.get("torch.cuda")
+    return cuda if cuda is not None and getattr(cuda, "is_initialized", bool)() else None
 
 
 def used_memory_bytes() -> int:
