@@ -4,6 +4,8 @@
 
 All engines take a step in turn, in the same processes, on the same shape, data, optimizer and threads, in changing
 order; compared is the wall time of a step, the slowest rank's, as the median of paired ratios with its 95 % interval.
+Where both sides compute the same layers, pairs are divided among eight launches: how an engine's memory lies in one of
+them makes a percent.
 
 - one_rank: the model's matrix products per second over the rate of large square ones by torch.mm, which take turns
   with the steps.
@@ -50,6 +52,8 @@ class Row(NamedTuple):
     peers: tuple[str, ...]
     at_least: float
     goal: float
+    launches: int = 1
+    """Among which the pairs are divided."""
 
 
 ROWS = {
@@ -61,12 +65,15 @@ ROWS = {
         tuple(f"parallel.engine=torch parallel.schedule={name}" for name in ("gpipe", "1f1b", "interleaved", "zb_v")),
         1.00,
         1.10,
+        launches=8,
     ),
     "tp": Row((*MODEL, "parallel.tp=2"), ("",), ("parallel.engine=dtensor",), 1.50, 1.75),
     "tp_torch_products": Row(
         (*MODEL, "parallel.tp=2", "model.onednn=false"), ("",), ("parallel.engine=dtensor",), 1.50, 1.75
     ),
-    "dp": Row((*MODEL, "train.global_batch_size=16", "parallel.dp=2"), ("",), ("parallel.engine=ddp",), 1.00, 1.05),
+    "dp": Row(
+        (*MODEL, "train.global_batch_size=16", "parallel.dp=2"), ("",), ("parallel.engine=ddp",), 1.00, 1.05, launches=8
+    ),
     "tail": Row(("parallel.pp=2",), ("",), (), 0.05, 0.02),
 }
 QUICKSTART_SECONDS = 180
@@ -124,14 +131,24 @@ def _short(variant: str) -> str:
 
 
 def launch(name: str, pairs: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Seconds and accounts of each engine of a row, by its overrides."""
+    """Seconds, tails and accounts of each engine of a row, by its overrides."""
     from distributed import run_ranks
     from helpers import make_config
 
-    world_size = make_config(*ROWS[name].layout, *overrides).parallel.world_size
-    with tempfile.TemporaryDirectory() as folder:
-        case = {"row": name, "pairs": pairs, "overrides": list(overrides)}
-        found: dict[str, Any] = run_ranks(world_size, "benchmarks.peers", case, Path(folder), timeout=7200)
+    row = ROWS[name]
+    world_size = make_config(*row.layout, *overrides).parallel.world_size
+    found: dict[str, Any] = {}
+    for number in range(row.launches):
+        share = pairs * (number + 1) // row.launches - pairs * number // row.launches
+        case = {"row": name, "pairs": share, "overrides": list(overrides)}
+        with tempfile.TemporaryDirectory() as folder:
+            answer = run_ranks(world_size, "benchmarks.peers", case, Path(folder), timeout=7200)
+        for variant, of_launch in answer.items():
+            of_all = found.setdefault(variant, {"seconds": [], "tail": [], "accounts": {}})
+            of_all["seconds"] += of_launch["seconds"]
+            of_all["tail"] += of_launch["tail"]
+            for kind, seconds in of_launch["accounts"].items():
+                of_all["accounts"].setdefault(kind, []).extend(seconds)
     return found
 
 
