@@ -42,7 +42,9 @@ def join(overrides: Sequence[str]) -> Setting:
 
 
 def take_turns(steps: dict[str, Callable[[int], Any]], rounds: int, device: Any) -> Iterator[tuple[str, float]]:
-    """A step of each engine, in changing order, round after round.
+    """A step of each engine, round after round, each time begun with the next one.
+
+    Of more than two engines none takes two steps in a row, which would find the caches as it left them.
 
     Args:
         steps: run step n of an engine.
@@ -54,8 +56,10 @@ def take_turns(steps: dict[str, Callable[[int], Any]], rounds: int, device: Any)
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
+    names = list(steps)
     for number in range(1, FIRST_ROUNDS + rounds + 1):
-        for name in steps if number % 2 else reversed(steps):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             dist.barrier()
             start = time.perf_counter()
             steps[name](number)
