@@ -2,7 +2,7 @@
 
     python tests/benchmarks/peers.py [--pairs N] [--rows ROW,...] [OVERRIDE ...]
 
-All engines take a step in turn, in the same processes, on the same shape, data, optimizer and threads, in changing
+All engines take a step in turn, in the same processes, on the same shape, data, optimizer and threads, in rotating
 order; compared is the wall time of a step, the slowest rank's, as the median of paired ratios with its 95 % interval.
 Where both sides compute the same layers, pairs are divided among eight launches: how an engine's memory lies in one of
 them makes a percent.
