@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
+from benchmarks.turns import rotations
 
 from harness.machine import detect_machine
 from harness.record.store import environment
 from harness.spec.config import REPOSITORY
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_rounds_are_fair(count: int) -> None:
+    """All stand in all places equally often, and of more than two none follows itself."""
+    names = [str(number) for number in range(count)]
+    rounds = list(rotations(names, 3 * count))
+    assert all(Counter(place) == dict.fromkeys(names, 3) for place in zip(*rounds, strict=True))
+    assert all(sorted(order) == names for order in rounds)
+    assert count < 3 or all(one != other for one, other in pairwise(chain(*rounds)))
 
 
 @pytest.mark.slow

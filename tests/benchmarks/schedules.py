@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One rank: a step of each engine in turn, in changing order."""
+    """One rank: a step of each engine in turn."""
     import torch.distributed as dist
     from benchmarks.overhead import build_bare
     from benchmarks.turns import join, take_turns

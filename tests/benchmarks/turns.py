@@ -42,9 +42,7 @@ def join(overrides: Sequence[str]) -> Setting:
 
 
 def take_turns(steps: dict[str, Callable[[int], Any]], rounds: int, device: Any) -> Iterator[tuple[str, float]]:
-    """A step of each engine, round after round, each time begun with the next one.
-
-    Of more than two engines none takes two steps in a row, which would find the caches as it left them.
+    """A step of each engine, round after round, in `rotations` of them.
 
     Args:
         steps: run step n of an engine.
@@ -56,10 +54,8 @@ def take_turns(steps: dict[str, Callable[[int], Any]], rounds: int, device: Any)
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
-    names = list(steps)
-    for number in range(1, FIRST_ROUNDS + rounds + 1):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    for number, names in enumerate(rotations(list(steps), FIRST_ROUNDS + rounds), start=1):
+        for name in names:
             dist.barrier()
             start = time.perf_counter()
             steps[name](number)
@@ -68,6 +64,16 @@ def take_turns(steps: dict[str, Callable[[int], Any]], rounds: int, device: Any)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             if number > FIRST_ROUNDS:
                 yield name, float(slowest)
+
+
+def rotations(names: Sequence[str], rounds: int) -> Iterator[Sequence[str]]:
+    """Orders of the rounds, each begun with the next name.
+
+    Of more than two none stands twice in a row: an engine would find the caches as it left them.
+    """
+    for number in range(rounds):
+        first = number % len(names)
+        yield [*names[first:], *names[:first]]
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
