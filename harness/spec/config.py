@@ -41,6 +41,21 @@ class Section(BaseModel):
     )
 
 
+class RopeScaling(Section):
+    """Rotary positions for longer sequences than a model was first trained on, as Llama 3.1 has them (`rope_type:
+    llama3` in `transformers`): pairs that turn slowly turn slower still, by `factor`, fast ones as before, and those
+    between by a share of both."""
+
+    factor: PositiveFloat
+    """How much slower."""
+    low_freq_factor: PositiveFloat
+    """Pairs with fewer turns than this in original_max_position_embeddings are slow."""
+    high_freq_factor: PositiveFloat
+    """Pairs with more turns than this in original_max_position_embeddings are fast."""
+    original_max_position_embeddings: PositiveInt
+    """Longest sequence before."""
+
+
 def _known_family(name: Any) -> Any:
     """One of the table, also one that was added to it later."""
     if not isinstance(name, str) or name not in FAMILIES:
@@ -92,6 +107,16 @@ class Model(Section):
     onednn: bool | None = None
     """fp32 products on CPUs go through oneDNN; null: those that it is faster for than torch's usual library, which are
     the larger ones on AMD processors with AVX-512."""
+    causal: bool = True
+    """A token sees itself and those before it, no later ones; filled in from train.objective."""
+    sliding_window: PositiveInt | None = None
+    """A token sees this many at most, itself among them, and with both directions as many on each side; null: all."""
+    rope_scaling: RopeScaling | None = None
+    """Rotary positions of Llama 3.1; null: plain ones."""
+    type_vocab_size: NonNegativeInt = 0
+    """Kinds of tokens with an embedding each, added to that of the token; every token is of the first. 0: none."""
+    weights: str | None = None
+    """Checkpoint or `save_pretrained` folder to begin from; it brings its shape. null: fresh weights."""
 
     @property
     def architecture(self) -> Architecture:
@@ -180,6 +205,9 @@ class Parallel(Section):
 class Train(Section):
     """What one optimizer step is, and how many are taken."""
 
+    objective: Literal["causal", "masked"] = "causal"
+    """causal: predict the next token. masked: predict tokens that were masked (arXiv 1810.04805), for families that
+    see both directions. `null` in the configuration: what the family is made for."""
     micro_batch_size: PositiveInt
     """Samples in one forward pass."""
     global_batch_size: PositiveInt
@@ -238,6 +266,9 @@ class Data(Section):
     """Split of the dataset."""
     hub_column: str
     """Column of the dataset that holds the text."""
+    documents: Literal["cut", "padded", "packed"] = "cut"
+    """cut: samples are windows of all documents in a row. padded: a sample is a document, filled up with padding.
+    packed: a sample is several documents that don't see each other, and what is left is padding."""
 
 
 class Cluster(Section):
