@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from harness.model import collectives
 from harness.model.assembly import build_layers
 from harness.model.block import TransformerBlock
-from harness.model.dropout import RandomStreams
+from harness.model.context import PassContext
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.layers import (
     ColumnParallelLinear,
@@ -340,8 +340,8 @@ def dropout(tp: TensorParallel) -> Iterator[Comparison]:
     tokens, targets = random_tokens(model, sequence=12)
     weight, results = 1.0 / (targets >= 0).sum(), []
     for place in (tp, TensorParallel.single()):
-        streams = RandomStreams(seed=1)
-        layers = build_layers(model, place, streams=streams)
+        context = PassContext(seed=1)
+        layers = build_layers(model, place, context=context)
         fill(layers, model, random_state(model), place)
         loss = PipelineLoss(model.vocab_size, place)
         loss(layers(tokens), (targets, weight)).backward()
@@ -353,7 +353,7 @@ def dropout(tp: TensorParallel) -> Iterator[Comparison]:
         losses = []
         with torch.no_grad():
             for step in range(number):
-                streams.forward_pass = (step, 0)
+                context.forward_pass = (step, 0)
                 losses.append(loss(layers(tokens), (targets, weight)).double())
         results.append(torch.stack(losses))
     ours, single = results

@@ -78,7 +78,7 @@ def row_bias_added_on_every_rank(patch: pytest.MonkeyPatch) -> None:
 
 @defect
 def norm_gradients_not_summed_under_sequence_parallelism(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(build.DeepSpeedEngine, "_sum_over_slices", lambda self: None)
+    patch.setattr(build.DeepSpeedEngine, "_sum_over_ranks", lambda self: None)
 
 
 @defect

@@ -314,7 +314,7 @@ SLIPS = [
         },
     ),
     *slips(
-        "harness/model/dropout.py",
+        "harness/model/context.py",
         "tests/test_dropout.py -k stream_of_its_own",
         False,
         {
@@ -672,8 +672,8 @@ SLIPS = [
         False,
         {
             "embedding_drops_twice_as_much": (
-                "dropout = (model.dropout, streams",
-                "dropout = (2 * model.dropout, streams",
+                "dropout = (model.dropout, context",
+                "dropout = (2 * model.dropout, context",
             )
         },
     ),

@@ -1,4 +1,4 @@
-"""Dropout: rates, streams, and the same masks wherever and whenever the same thing is computed."""
+"""Dropout: rates, context, and the same masks wherever and whenever the same thing is computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from distributed import run_ranks
 from helpers_model import fill, normal, random_state, random_tokens, tiny_model
 from torch import Tensor, nn
 
-from harness.model import dropout
+from harness.model import context as context_module
 from harness.model.assembly import build_layers, describe_layers
 from harness.model.block import TransformerBlock
-from harness.model.dropout import Dropout, RandomStreams
+from harness.model.context import PassContext
+from harness.model.dropout import Dropout
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 
@@ -28,9 +29,9 @@ def mask(
     rate: float = 0.5, place: str = "blocks.0.mlp", tp_rank: int | None = None, size: int = 100_000, **of: Any
 ) -> Tensor:
     """What dropout makes of ones."""
-    streams = RandomStreams(of.get("seed", 1), of.get("dp_rank", 0))
-    streams.forward_pass = (of.get("step", 0), of.get("micro_batch", 0))
-    return Dropout(rate, streams, place, tp_rank)(torch.ones(size))
+    context = PassContext(of.get("seed", 1), of.get("dp_rank", 0))
+    context.forward_pass = (of.get("step", 0), of.get("micro_batch", 0))
+    return Dropout(rate, context, place, tp_rank)(torch.ones(size))
 
 
 def are_independent(a: Tensor, b: Tensor) -> bool:
@@ -109,25 +110,25 @@ def test_attention_drops_probabilities() -> None:
         assert torch.equal(attention.eval()(torch.zeros(1, 16, 64)), torch.ones(1, 16, 64))
 
 
-def build(model: Any, checkpointing: bool, streams: RandomStreams) -> nn.Module:
-    layers = build_layers(model, SINGLE, checkpointing, streams)
+def build(model: Any, checkpointing: bool, context: PassContext) -> nn.Module:
+    layers = build_layers(model, SINGLE, checkpointing, context)
     fill(layers, model, random_state(model), SINGLE)
     return layers
 
 
 def gradients(model: Any, checkpointing: bool) -> dict[str, Tensor]:
     """Of two micro-batches whose forward passes both come before the backward passes."""
-    streams = RandomStreams(seed=1)
-    layers, (tokens, targets) = build(model, checkpointing, streams), random_tokens(model)
+    context = PassContext(seed=1)
+    layers, (tokens, targets) = build(model, checkpointing, context), random_tokens(model)
     loss = PipelineLoss(model.vocab_size, SINGLE)
     losses = []
     for micro_batch in (0, 1):
-        streams.forward_pass = (7, micro_batch)
+        context.forward_pass = (7, micro_batch)
         losses.append(loss(layers(tokens), (targets, torch.tensor(0.1))))
     assert losses[0] != losses[1]
     for value in losses:
         value.backward()
-    assert streams.forward_pass == (7, 1)
+    assert context.forward_pass == (7, 1)
     return {name: parameter.grad for name, parameter in layers.named_parameters()}
 
 
@@ -140,7 +141,7 @@ def test_computing_again_repeats_the_masks(family: str) -> None:
 
 
 def test_nothing_leaks_into_torchs_generator() -> None:
-    layers, (tokens, _) = build(MODEL, True, RandomStreams()), random_tokens(MODEL)
+    layers, (tokens, _) = build(MODEL, True, PassContext()), random_tokens(MODEL)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -153,16 +154,16 @@ def test_nothing_leaks_into_torchs_generator() -> None:
 @pytest.mark.parametrize("state", [{"dropout": 0.0}, {"dropout": 0.25, "eval": True}])
 def test_nothing_is_drawn_without_dropout(state: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(dropout=state["dropout"])
-    layers, (tokens, _) = build(model, False, RandomStreams()), random_tokens(model)
-    reference = build(tiny_model(), False, RandomStreams())(tokens)
+    layers, (tokens, _) = build(model, False, PassContext()), random_tokens(model)
+    reference = build(tiny_model(), False, PassContext())(tokens)
     if state.get("eval"):
         layers.eval()
-    monkeypatch.setattr(dropout, "stream_seed", None)
+    monkeypatch.setattr(context_module, "stream_seed", None)
     assert torch.equal(layers(tokens), reference)
     names = [layer.name for layer in describe_layers(model, SINGLE)]
     assert ("embedding_dropout" in names) == (model.dropout > 0)
     hidden = normal(2, 3, seed=1)
-    assert Dropout(0.0, RandomStreams(), "", None)(hidden) is hidden
+    assert Dropout(0.0, PassContext(), "", None)(hidden) is hidden
 
 
 def test_expected_loss_is_near_that_without() -> None:
@@ -170,11 +171,11 @@ def test_expected_loss_is_near_that_without() -> None:
     tokens, targets = random_tokens(MODEL)
     found = {}
     for rate in (0.0, 0.02):
-        model, streams = tiny_model(dropout=rate), RandomStreams(seed=1)
-        layers, loss = build(model, False, streams), PipelineLoss(model.vocab_size, SINGLE)
+        model, context = tiny_model(dropout=rate), PassContext(seed=1)
+        layers, loss = build(model, False, context), PipelineLoss(model.vocab_size, SINGLE)
         found[rate] = []
         for step in range(100 if rate else 1):
-            streams.forward_pass = (step, 0)
+            context.forward_pass = (step, 0)
             with torch.no_grad():
                 found[rate].append(float(loss(layers(tokens), (targets, 1 / (targets >= 0).sum()))))
     values = torch.tensor(found[0.02])

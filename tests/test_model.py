@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.model.assembly import SingleStage, build_layers, describe_layers, layer_names
 from harness.model.block import RotaryPositions, TransformerBlock
+from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
 from harness.model.transformers_weights import to_transformers
@@ -217,7 +218,7 @@ def test_bf16_is_near_fp32() -> None:
 
 
 def test_rotary_angles_survive_casts_and_inference() -> None:
-    rotary, heads = RotaryPositions(8, 10000.0), torch.randn(1, 2, 12, 8)
+    rotary, heads = RotaryPositions(tiny_model("llama", head_dim=8), PassContext()), torch.randn(1, 2, 12, 8)
     with torch.inference_mode():
         rotary(heads[:, :, :5])
     trained = heads.clone().requires_grad_()

@@ -13,11 +13,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from harness.model.block import TransformerBlock, norm_class
-from harness.model.dropout import Dropout, RandomStreams
+from harness.model.context import PassContext
+from harness.model.dropout import Dropout
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
-from harness.model.layers import OutputHead, PositionEmbedding, VocabParallelEmbedding, vocab_parallel_logits
+from harness.model.layers import (
+    HeadBias,
+    HeadDense,
+    OutputHead,
+    PositionEmbedding,
+    SinusoidalPositions,
+    TokenTypeEmbedding,
+    VocabParallelEmbedding,
+    vocab_parallel_logits,
+)
 from harness.spec.config import Model
+
+POSITIONS: dict[str, type[nn.Module]] = {"learned": PositionEmbedding, "sinusoidal": SinusoidalPositions}
+"""Those that are added to the embedding."""
 
 
 @dataclass(frozen=True)
@@ -39,32 +52,44 @@ class LayerDescription:
 
 
 def describe_layers(
-    model: Model, tp: TensorParallel, activation_checkpointing: bool = False, streams: RandomStreams | None = None
+    model: Model, tp: TensorParallel, activation_checkpointing: bool = False, context: PassContext | None = None
 ) -> list[LayerDescription]:
     """All layers in order: tokens [batch, sequence] in, logits [batch, sequence, padded_vocab/tp] out.
 
     Args:
-        streams: where dropout draws from; without, every forward pass draws the same.
+        context: of this rank's passes; without, dropout draws the same in each, and a row is one sequence.
     """
-    streams = streams or RandomStreams()
+    context, architecture = context or PassContext(), model.architecture
+    norm = norm_class(model), (model.hidden_size, model.norm_epsilon)
     vocabulary = (model.padded_vocab_size(tp.size), model.hidden_size, tp)
     key = "embedding" if model.tie_word_embeddings else None
     layers = [LayerDescription("embedding", VocabParallelEmbedding, vocabulary, key)]
-    if model.architecture.positions == "learned":
-        positions = (model.max_position_embeddings, model.hidden_size, tp)
-        layers.append(LayerDescription("position_embedding", PositionEmbedding, positions))
+    if architecture.positions in POSITIONS:
+        positions = (model.max_position_embeddings, model.hidden_size, tp, context)
+        layers.append(LayerDescription("position_embedding", POSITIONS[architecture.positions], positions))
+    if model.type_vocab_size > 0:
+        types = (model.type_vocab_size, model.hidden_size)
+        layers.append(LayerDescription("token_type_embedding", TokenTypeEmbedding, types))
+    if architecture.embedding_norm:
+        layers.append(LayerDescription("embedding_norm", *norm))
     if model.dropout > 0:
-        dropout = (model.dropout, streams, "embedding", tp.slice_rank)
+        dropout = (model.dropout, context, "embedding", tp.slice_rank)
         layers.append(LayerDescription("embedding_dropout", Dropout, dropout))
-    block_class = TransformerBlock if model.architecture.computes else EmulatedBlock
+    block_class = TransformerBlock if architecture.computes else EmulatedBlock
     for name in (f"blocks.{index}" for index in range(model.num_hidden_layers)):
-        block = (model, tp, activation_checkpointing, name, streams)
+        block = (model, tp, activation_checkpointing, name, context)
         layers.append(LayerDescription(name, block_class, block))
-    layers.append(LayerDescription("final_norm", norm_class(model), (model.hidden_size, model.norm_epsilon)))
+    if not architecture.norm_after:
+        layers.append(LayerDescription("final_norm", *norm))
+    if architecture.head_transform:
+        layers.append(LayerDescription("head_dense", HeadDense, (model.hidden_size, architecture.activation, tp)))
+        layers.append(LayerDescription("head_norm", *norm))
     if model.tie_word_embeddings:
         layers.append(LayerDescription("head", VocabParallelEmbedding, vocabulary, key, vocab_parallel_logits))
     else:
         layers.append(LayerDescription("head", OutputHead, vocabulary))
+    if architecture.head_transform:
+        layers.append(LayerDescription("head_bias", HeadBias, (vocabulary[0], tp)))
     return layers
 
 
@@ -121,7 +146,7 @@ class SingleStage(nn.Module):
 
 
 def build_layers(
-    model: Model, tp: TensorParallel, activation_checkpointing: bool = False, streams: RandomStreams | None = None
+    model: Model, tp: TensorParallel, activation_checkpointing: bool = False, context: PassContext | None = None
 ) -> SingleStage:
     """The whole model as one pipeline stage, with uninitialized weights; arguments as in `describe_layers`."""
-    return SingleStage(describe_layers(model, tp, activation_checkpointing, streams))
+    return SingleStage(describe_layers(model, tp, activation_checkpointing, context))

@@ -7,6 +7,7 @@ residuals and dropout then see a slice of the sequence. In shapes, `slice` is `s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,17 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.model.collectives import gather_last_dim
-from harness.model.dropout import Dropout, RandomStreams
+from harness.model.context import PassContext
+from harness.model.dropout import Dropout
 from harness.model.groups import TensorParallel
-from harness.model.layers import ColumnParallelLinear, RowParallelLinear
+from harness.model.layers import ACTIVATIONS, ColumnParallelLinear, RowParallelLinear
 from harness.spec.architecture import DOWN, OUTPUT, QKV, UP
-from harness.spec.config import Model
+from harness.spec.config import Model, RopeScaling
 from harness.spec.parameters import mlp_parts, qkv_parts
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 
 def norm_class(model: Model) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
@@ -38,10 +35,12 @@ def norm_class(model: Model) -> type[nn.LayerNorm] | type[nn.RMSNorm]:
 class RotaryPositions(nn.Module):
     """Rotary positions (arXiv 2104.09864), pairing value i with i + head_dim/2 as `transformers` does."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
+    def __init__(self, model: Model, context: PassContext) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
+        self.head_dim = model.head_dim
+        self.theta = model.rope_theta
+        self.scaling = model.rope_scaling
+        self.context = context
         # Not a buffer: casting the module to bf16 would round angles that must be computed in fp32.
         self._table = (torch.empty(0), torch.empty(0))
 
@@ -52,20 +51,37 @@ class RotaryPositions(nn.Module):
         return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, dims=-1), sin)
 
     def _cos_and_sin(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cached tables [sequence, head_dim] with the length, type and device of `like`."""
+        """Rows of cached tables with the length, type and device of `like`: [sequence, head_dim] or [batch, 1, ...]."""
         length, cached = like.shape[-2], self._table[0]
         if cached.shape[0] < length or cached.dtype != like.dtype or cached.device != like.device:
             with torch.inference_mode(False):  # the table may serve training later
                 self._table = self._build_table(length, like)
         cos, sin = self._table
-        return cos[:length], sin[:length]
+        positions = self.context.positions(like.device)
+        if positions is None:
+            return cos[:length], sin[:length]
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
     def _build_table(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
         positions = torch.arange(length, dtype=torch.float32, device=like.device)
-        angles = torch.outer(positions, 1.0 / self.theta ** (pairs / self.head_dim))
+        frequencies = 1.0 / self.theta ** (pairs / self.head_dim)
+        if self.scaling is not None:
+            frequencies = slowed(frequencies, self.scaling)
+        angles = torch.outer(positions, frequencies)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1).to(like.dtype), torch.cat((-sin, sin), dim=-1).to(like.dtype)
+
+
+def slowed(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Turns per position of the pairs, in radians, made slower (arXiv 2407.21783, as Llama 3.1's own code does)."""
+    length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * math.pi / frequencies
+    slow = torch.where(wavelength > length / low, frequencies / scaling.factor, frequencies)
+    share = (length / wavelength - low) / (high - low)
+    between = (1 - share) * slow / scaling.factor + share * slow
+    is_between = (wavelength <= length / low) & (wavelength >= length / high)
+    return torch.where(is_between, between, slow)
 
 
 class ParallelAttention(nn.Module):
@@ -76,16 +92,19 @@ class ParallelAttention(nn.Module):
     needs another sum.
     """
 
-    def __init__(self, model: Model, tp: TensorParallel, name: str, streams: RandomStreams) -> None:
+    def __init__(self, model: Model, tp: TensorParallel, name: str, context: PassContext) -> None:
         super().__init__()
         self.tp = tp
         self.head_dim = model.head_dim
         self.grouped = model.num_key_value_heads < model.num_attention_heads
         architecture, sizes = model.architecture, [size for _, size in qkv_parts(model)]
-        self.causal = architecture.causal
+        self.causal, self.window, self.context = model.causal, model.sliding_window, context
         self.qkv = ColumnParallelLinear(model.hidden_size, sizes, QKV in architecture.biases, tp)
-        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if architecture.positions == "rotary" else None
-        self.dropout = Dropout(model.dropout, streams, f"{name}.probabilities", tp.rank)
+        self.query_norm, self.key_norm = (
+            norm_class(model)(model.head_dim, model.norm_epsilon) if architecture.head_norms else None for _ in range(2)
+        )
+        self.rotary = RotaryPositions(model, context) if architecture.positions == "rotary" else None
+        self.dropout = Dropout(model.dropout, context, f"{name}.probabilities", tp.rank)
         width = model.num_attention_heads * model.head_dim
         self.output = RowParallelLinear(width, model.hidden_size, OUTPUT in architecture.biases, tp)
 
@@ -96,17 +115,21 @@ class ParallelAttention(nn.Module):
             fractions = torch.stack((key, value), dim=-2)
             key, value = gather_last_dim(fractions, self.tp.kv_group).unbind(dim=-2)
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
+        mask = self.context.mask(query.shape[-2], self.causal, self.window, query.device)
         # enable_gqa beats repeated keys on CPU; either way this is flash attention (on CPU without dropout only).
         attend = partial(
             F.scaled_dot_product_attention,
+            attn_mask=mask,
             dropout_p=self.dropout.current_rate,
-            is_causal=self.causal,
+            is_causal=self.causal and mask is None,
             enable_gqa=self.grouped,
         )
-        context = self.dropout.drawing(attend, query, key, value)
-        output: Tensor = self.output(context.transpose(1, 2).flatten(-2))
+        attended = self.dropout.drawing(attend, query, key, value)
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(-2))
         return output
 
     def _heads(self, features: Tensor) -> Tensor:
@@ -138,7 +161,7 @@ class ParallelMLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and feed-forward, each dropped out and added to its input.
+    """Attention and feed-forward layer, each dropped out and added to its input; norms are before them or after that.
 
     With `activation_checkpointing` only the input is kept for backward and the block computed again.
     """
@@ -152,19 +175,19 @@ class TransformerBlock(nn.Module):
         tp: TensorParallel,
         activation_checkpointing: bool,
         name: str = "block",
-        streams: RandomStreams | None = None,
+        context: PassContext | None = None,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.streams = streams or RandomStreams()
+        self.context = context or PassContext()
         self.parts = tp.parts
-        build_norm = norm_class(model)
+        build_norm, self.norm_after = norm_class(model), model.architecture.norm_after
         self.attention_norm = build_norm(model.hidden_size, model.norm_epsilon)
-        self.attention = ParallelAttention(model, tp, f"{name}.attention", self.streams)
-        self.attention_dropout = Dropout(model.dropout, self.streams, f"{name}.attention", tp.slice_rank)
+        self.attention = ParallelAttention(model, tp, f"{name}.attention", self.context)
+        self.attention_dropout = Dropout(model.dropout, self.context, f"{name}.attention", tp.slice_rank)
         self.mlp_norm = build_norm(model.hidden_size, model.norm_epsilon)
         self.mlp = ParallelMLP(model, tp)
-        self.mlp_dropout = Dropout(model.dropout, self.streams, f"{name}.mlp", tp.slice_rank)
+        self.mlp_dropout = Dropout(model.dropout, self.context, f"{name}.mlp", tp.slice_rank)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden]."""
@@ -173,7 +196,7 @@ class TransformerBlock(nn.Module):
         compute = self.compiled or self.compute
         if self.activation_checkpointing:
             output: Tensor = checkpoint(
-                self.streams.repeatable(compute),  # no state of torch's generator needs to be kept
+                self.context.repeatable(compute),  # no state of torch's generator needs to be kept
                 hidden,
                 use_reentrant=False,
                 preserve_rng_state=False,
@@ -184,6 +207,13 @@ class TransformerBlock(nn.Module):
 
     def compute(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> [batch, slice, hidden], by the block's own code."""
+        if self.norm_after:
+            return self._compute_norm_after(hidden)
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden)))
         output: Tensor = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
+        return output
+
+    def _compute_norm_after(self, hidden: Tensor) -> Tensor:
+        hidden = self.attention_norm(hidden + self.attention_dropout(self.attention(hidden)))
+        output: Tensor = self.mlp_norm(hidden + self.mlp_dropout(self.mlp(hidden)))
         return output

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.model.block import TransformerBlock
-from harness.model.dropout import RandomStreams
+from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
 from harness.spec.config import EmulatedModel
 
@@ -31,11 +31,11 @@ class EmulatedBlock(TransformerBlock):
         tp: TensorParallel,
         activation_checkpointing: bool,
         name: str = "block",
-        streams: RandomStreams | None = None,
+        context: PassContext | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nothing of what a block computes with
         self.activation_checkpointing = activation_checkpointing
-        self.streams = streams or RandomStreams()
+        self.context = context or PassContext()
         self.parts, self.later = tp.parts, tp.later
         self.weight = nn.Parameter(torch.empty(model.hidden_size))
         self._model = model

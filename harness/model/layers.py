@@ -8,9 +8,12 @@ Parameters are allocated, not drawn: `harness.model.weights` fills them. Shapes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.model.collectives import (
@@ -19,8 +22,16 @@ from harness.model.collectives import (
     reduce_from_tensor_parallel,
     scatter_sum,
 )
+from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
 from harness.model.weight_gradients import embedding, linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 def split_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
@@ -121,16 +132,98 @@ def vocab_parallel_logits(matrix: VocabularyMatrix, hidden: Tensor) -> Tensor:
     return split_product(hidden, matrix.weight, None, matrix.tp)
 
 
-class PositionEmbedding(nn.Module):
-    """Learned absolute positions, whole on every rank. weight: [max_positions, hidden]."""
+class HeadBias(nn.Module):
+    """Of the output head, split like the vocabulary. bias: [padded_vocab/tp]."""
 
-    def __init__(self, max_position_embeddings: int, hidden_size: int, tp: TensorParallel) -> None:
+    def __init__(self, padded_vocab_size: int, tp: TensorParallel) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(tp.share(padded_vocab_size)))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """[batch, sequence, padded_vocab/tp] -> the same."""
+        return logits + self.bias
+
+
+class HeadDense(nn.Module):
+    """A projection and its activation before the output head, whole on every rank, like the norm after it."""
+
+    def __init__(self, hidden_size: int, activation: str, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
+        self.activation = ACTIVATIONS[activation]
+        self.weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> the same."""
+        return self.activation(linear(hidden, self.weight, self.bias, self.tp.later))
+
+
+class Positions(nn.Module):
+    """Adds to each token a vector of its position: in the sequence, or in its document (`PassContext`)."""
+
+    def __init__(self, tp: TensorParallel, context: PassContext) -> None:
+        super().__init__()
+        self.tp = tp
+        self.context = context
+
+    def rows(self, table: Tensor, length: int) -> Tensor:
+        """Those of this rank's slice: [max_positions, hidden] -> [slice, hidden] or [batch, slice, hidden]."""
+        first = length * (self.tp.slice_rank or 0)
+        positions = self.context.positions(table.device)
+        if positions is None:
+            return table[first : first + length]
+        return F.embedding(positions[:, first : first + length], table)
+
+
+class PositionEmbedding(Positions):
+    """Learned absolute positions, whole on every rank. weight: [max_positions, hidden]."""
+
+    def __init__(
+        self, max_position_embeddings: int, hidden_size: int, tp: TensorParallel, context: PassContext
+    ) -> None:
+        super().__init__(tp, context)
         self.weight = nn.Parameter(torch.empty(max_position_embeddings, hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[batch, slice, hidden] -> the same, plus the embedding of its positions, 0, 1, ... in the sequence."""
-        length = hidden.shape[-2]
-        first = length * (self.tp.slice_rank or 0)
-        return hidden + self.weight[first : first + length]
+        """[batch, slice, hidden] -> the same, plus the embedding of its positions."""
+        return hidden + self.rows(self.weight, hidden.shape[-2])
+
+
+class SinusoidalPositions(Positions):
+    """Waves of the position, added to the embedding times the root of its width (arXiv 1706.03762, section 3.5)."""
+
+    def __init__(
+        self, max_position_embeddings: int, hidden_size: int, tp: TensorParallel, context: PassContext
+    ) -> None:
+        super().__init__(tp, context)
+        self.scale = math.sqrt(hidden_size)
+        self._shape = max_position_embeddings, hidden_size
+        # Not a buffer: it is no weight, and has the type of what it is added to.
+        self._table = torch.empty(0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> the same, scaled, plus the waves of its positions."""
+        if self._table.dtype != hidden.dtype or self._table.device != hidden.device or not len(self._table):
+            with torch.inference_mode(False):  # the table may serve training later
+                self._table = sinusoids(*self._shape).to(hidden.device, hidden.dtype)
+        return hidden * self.scale + self.rows(self._table, hidden.shape[-2])
+
+
+def sinusoids(num_positions: int, width: int) -> Tensor:
+    """[num_positions, width]: sin(position / 10000^(2i/width)) in column 2i, its cosine in the next."""
+    columns = torch.arange(0, width, 2, dtype=torch.float64)
+    angles = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1) / 10000.0 ** (columns / width)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
+
+
+class TokenTypeEmbedding(nn.Module):
+    """Adds the vector of the first kind of tokens, which all are of, whole on every rank. weight: [types, hidden]."""
+
+    def __init__(self, type_vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(type_vocab_size, hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[batch, slice, hidden] -> the same."""
+        return hidden + self.weight[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.model.dropout import stream_seed
+from harness.model.context import stream_seed
 from harness.model.groups import TensorParallel
 from harness.spec.config import Model
 from harness.spec.parameters import ParameterSpec, parameter_table

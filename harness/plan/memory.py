@@ -10,10 +10,11 @@ all key heads, f the feed-forward width, a heads and B bytes per value, a block 
     gpt2   B (4 h / u + (2 q + 2 k) / t + 2 f / t) + 4 a / t + 16 / u
     llama  B (4 h / u + (3 q + 3 k) / t + 4 f / t) + 4 a / t + 8 / u
 
+(ReLU keeps f / t less than GELU, whose input it doesn't need; norms of heads add 4 (a + a_k) / t, for a_k key heads),
 and with dropout 2 h / u for masks of one byte (on CPU masks are of the values' type, and attention keeps its
-probabilities). 4 h are the inputs of both norms and of both first projections; then query, key and value
-(query and key before and after a rotation; the value is part of the first), the attention's output, and in the
-feed-forward layer the input of the activation and what follows it (if gated: gate and up, the activated gate, their
+probabilities). 4 h are the inputs of both norms and of both first projections, wherever the norms are; then query, key
+and value (query and key before and after a rotation; the value is part of the first), the attention's output, and in
+the feed-forward layer the input of the activation and what follows it (if gated: gate and up, the activated gate, their
 product); then the attention's and the norms' statistics. PyTorch's RMSNorm on CPU is no single kernel and keeps
 more. What lives for a moment only (workspaces, gradients of activations, buckets of reductions) is not counted.
 
@@ -139,8 +140,11 @@ def block_activation_bytes_per_token(model: Model, parallel: Parallel, precision
     keys = max(model.num_key_value_heads // tp, 1) * model.head_dim  # ranks may share a head
     inner = model.intermediate_size // tp
     attention = (3 if architecture.positions == "rotary" else 2) * (queries + keys)
-    values = 4 * model.hidden_size / slices + attention + (4 if architecture.gated else 2) * inner
+    kept = 4 if architecture.gated else 1 if architecture.activation == "relu" else 2
+    values = 4 * model.hidden_size / slices + attention + kept * inner
     statistics = model.num_attention_heads // tp + 2 * architecture.norm.num_statistics / slices
+    if architecture.head_norms:
+        statistics += (queries + keys) / model.head_dim * architecture.norm.num_statistics
     masks = 2 * model.hidden_size / slices if model.dropout > 0 else 0
     return values * value + statistics * FP32_BYTES + masks
 
@@ -158,12 +162,18 @@ def put_off_bytes_per_token(model: Model, parallel: Parallel, precision: Precisi
     return (inputs + outputs) * PRECISIONS[precision].bytes_per_value
 
 
+def head_inputs(model: Model) -> int:
+    """Tensors of the hidden width that what comes after the blocks saves: its inputs, each once."""
+    architecture = model.architecture
+    return 1 + (not architecture.norm_after) + 3 * architecture.head_transform
+
+
 def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule: Schedule, stage: int) -> float:
     """Activations on one rank of a stage at their peak.
 
     Per micro-batch in flight with a chunk: what its blocks save (with activation checkpointing their inputs, and all
-    of one block once, while it is computed again), and what it sends; with the last part the inputs of the final norm
-    and of the head, and the exponentials of the loss. The logits live for a moment, of one micro-batch.
+    of one block once, while it is computed again), and what it sends; with the last part the inputs of the head, of
+    what is before it, and the exponentials of the loss. The logits live for a moment, of one micro-batch.
     """
     model, train, placement = config.model, config.train, schedule.placement
     value, slices = PRECISIONS[train.precision].bytes_per_value, config.parallel.num_slices
@@ -178,8 +188,10 @@ def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule
         first, last = placement.begins(stage, chunk), placement.ends(stage, chunk)
         of_blocks = layers_per_part[part] * (hidden if checkpointing else block) + hidden * (chunk in sends)
         mask = model.hidden_size / slices if first and model.dropout > 0 else 0
-        held.append(of_blocks + mask + (2 * hidden + FP32_BYTES * columns) * last)
-        of_ends = model.hidden_size * value * first + (hidden + value * columns) * last
+        normalized = hidden if first and model.architecture.embedding_norm else 0
+        held.append(of_blocks + mask + normalized + (head_inputs(model) * hidden + FP32_BYTES * columns) * last)
+        dense = model.architecture.head_transform * (hidden + hidden)  # its input and the gradient of its output
+        of_ends = model.hidden_size * value * first + (hidden + value * columns + dense) * last
         waiting.append(layers_per_part[part] * put_off + of_ends)
     per_token = most_held(schedule.stages[stage], held, waiting if schedule.splits_backward else held)
     if checkpointing:

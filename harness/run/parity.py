@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.model.dropout import stream_seed
+from harness.model.context import stream_seed
 from harness.model.loss import IGNORE_INDEX
 from harness.model.precision import dtype_of
 from harness.model.weights import unshard
@@ -145,7 +145,15 @@ def random_weights(model: Model, seed: int) -> Tensors:
     return weights
 
 
-DECAYING = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "up.weight", "down.weight")
+DECAYING = (
+    "embedding.weight",
+    "head.weight",
+    "qkv.weight",
+    "output.weight",
+    "up.weight",
+    "down.weight",
+    "dense.weight",
+)
 """How the names of parameters end to which AdamW's weight decay applies: matrices, embeddings among them."""
 
 

@@ -3,9 +3,9 @@
 A family is one `Architecture`, in a module of its own in `harness.spec.families`. The table of parameters, counts,
 memory, the configuration's checks, the layers that are built and the exchange with `transformers` all follow from it.
 
-What all have in common: an embedding, then blocks of attention and feed-forward layer, each behind a norm and added to
-the residual stream, then a norm and the output head, which may share the embedding's matrix. A family that differs in
-more needs a trait here, and code in `harness.spec.parameters` and `harness.model.block`.
+What all have in common: an embedding, then blocks of attention and feed-forward layer, each with a norm and added to
+the residual stream, then the output head, which may share the embedding's matrix. A family that differs in more needs
+a trait here, and code in `harness.spec.parameters` and `harness.model.block`.
 """
 
 from __future__ import annotations
@@ -64,16 +64,26 @@ class Architecture:
     summary: str
     """What it is, in a line."""
     norm: Norm
-    positions: Literal["learned", "rotary", "none"]
-    """learned: added to the embedding. rotary: turn queries and keys."""
-    activation: Literal["gelu_tanh", "silu"]
-    """Of the feed-forward layer."""
+    positions: Literal["learned", "rotary", "sinusoidal", "none"]
+    """learned: added to the embedding. rotary: turn queries and keys. sinusoidal: waves, added to the embedding after
+    that is multiplied by the root of hidden_size (arXiv 1706.03762, sections 3.4 and 3.5)."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"]
+    """Of the feed-forward layer; gelu is exact, gelu_tanh its usual approximation (arXiv 1606.08415)."""
     gated: bool = False
     """The activation of one projection multiplies another of the same width (arXiv 2002.05202)."""
     biases: frozenset[str] = frozenset()
     """Which projections of a block have one."""
+    norm_after: bool = False
+    """Norms follow the sums with the residual stream, and none is behind the last block (arXiv 1706.03762); else they
+    are before attention and feed-forward layer, and one is behind the last block."""
+    head_norms: bool = False
+    """Every head of query and key is normalized before positions turn it (arXiv 2302.05442)."""
+    embedding_norm: bool = False
+    """The sum of all embeddings is normalized."""
+    head_transform: bool = False
+    """Before the output matrix are a dense layer, the activation and a norm, behind it a bias (arXiv 1810.04805)."""
     causal: bool = True
-    """A token sees itself and those before it, no later ones."""
+    """A token sees itself and those before it, no later ones; else `train.objective` says which it sees."""
     computes: bool = True
     """False: blocks wait for a set time instead (`harness.spec.config.EmulatedModel`), and hold one vector each."""
     transformers: TransformersFormat | None = None

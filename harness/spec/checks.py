@@ -11,6 +11,7 @@ from harness.machine import Machine
 from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
+from harness.spec.families import FAMILIES
 from harness.spec.precision import PRECISIONS
 from harness.spec.schedules import SCHEDULES, check_file, check_sizes, kind_of
 from harness.spec.versions import later_in
@@ -48,6 +49,27 @@ def _check_model(config: RunConfig) -> None:
             f"model.num_key_value_heads={model.num_key_value_heads} does not divide "
             f"model.num_attention_heads={model.num_attention_heads}; "
             f"use one of {_divisors(model.num_attention_heads)}"
+        )
+    if model.architecture.causal and train.objective == "masked":
+        both = _or([name for name, family in FAMILIES.items() if not family.causal])
+        raise ConfigError(
+            f"train.objective=masked needs a family that sees both directions, not model.family={model.family}; use "
+            f"train.objective=causal, or {both}"
+        )
+    if model.sliding_window is not None and not model.causal:
+        raise ConfigError(
+            f"model.sliding_window={model.sliding_window} is for tokens that look back, not for train.objective="
+            f"{train.objective}; use model.sliding_window=null"
+        )
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor:g} is not above its low_freq_factor="
+            f"{scaling.low_freq_factor:g}; Llama 3.1 has 4 and 1"
+        )
+    if scaling is not None and model.architecture.positions != "rotary":
+        raise ConfigError(
+            f"model.rope_scaling is for rotary positions, which model.family={model.family} has none of; leave it out"
         )
     if model.architecture.positions == "rotary" and model.head_dim % 2:
         raise ConfigError(

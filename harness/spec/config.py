@@ -110,7 +110,7 @@ class Model(Section):
     causal: bool = True
     """A token sees itself and those before it, no later ones; filled in from train.objective."""
     sliding_window: PositiveInt | None = None
-    """A token sees this many at most, itself among them, and with both directions as many on each side; null: all."""
+    """A token sees this many at most, itself among them; null: all before it."""
     rope_scaling: RopeScaling | None = None
     """Rotary positions of Llama 3.1; null: plain ones."""
     type_vocab_size: NonNegativeInt = 0

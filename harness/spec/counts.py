@@ -28,7 +28,7 @@ def embedding_parameters(model: Model) -> int:
 
 
 def head_parameters(model: Model) -> int:
-    """Final norm and output projection; a tied projection is counted with the embedding."""
+    """What comes after the blocks; a tied output projection is counted with the embedding."""
     return _total(head_specs(model))
 
 
@@ -63,21 +63,23 @@ def parameters(model: Model) -> int:
     return embedding_parameters(model) + blocks + head_parameters(model)
 
 
-def block_forward_flops(model: Model, sequence_length: int, causal: bool = False) -> int:
+def block_forward_flops(model: Model, sequence_length: float, causal: bool = False) -> int:
     """Matrix-product FLOPs of one block's forward pass, per token.
 
     Args:
-        causal: count only the half of the attention products that a causal mask leaves.
+        sequence_length: tokens that attention is counted over; all of a window where there is one and it is shorter.
+        causal: count only the part of the attention products that a causal mask leaves: half of them, without a window.
     """
     if not model.architecture.computes:
         return 0
-    half = causal and model.architecture.causal
-    queries = model.num_attention_heads * model.head_dim
-    return _products(block_specs(model, 0)) + 2 * 2 * sequence_length * queries // (2 if half else 1)
+    seen = min(sequence_length, model.sliding_window or sequence_length)
+    if causal and model.causal:
+        seen -= seen * seen / (2 * sequence_length)
+    return _products(block_specs(model, 0)) + round(2 * 2 * seen * model.num_attention_heads * model.head_dim)
 
 
 def head_forward_flops(model: Model) -> int:
-    """Matrix-product FLOPs of the output projection's forward pass, per token."""
+    """Matrix-product FLOPs of what comes after the blocks, forward and per token."""
     return _products([*head_specs(model), *tied_specs(model)])
 
 
@@ -86,7 +88,7 @@ def _products(specs: Iterable[ParameterSpec]) -> int:
     return sum(2 * spec.size for spec in specs if spec.is_matrix)
 
 
-def training_flops_per_token(model: Model, sequence_length: int, causal: bool = False) -> int:
+def training_flops_per_token(model: Model, sequence_length: float, causal: bool = False) -> int:
     """Matrix-product FLOPs of forward and backward, per token."""
     blocks = model.num_hidden_layers * block_forward_flops(model, sequence_length, causal)
     return 3 * (blocks + head_forward_flops(model))

@@ -65,9 +65,16 @@ def check_dtensor(config: RunConfig) -> None:
     """Refuse what our model under DTensor can't run."""
     model, tp = config.model, config.parallel.tp
     _check_plain(config, "tensor parallelism", ("tp",))
-    if not model.architecture.computes:
+    family = model.architecture
+    has_others = family.norm_after or family.head_norms or family.embedding_norm or family.head_transform
+    if not family.computes or has_others or model.type_vocab_size > 0:
         raise ConfigError(
-            f"parallel.engine=dtensor has no blocks for model.family={model.family}; use parallel.engine=deepspeed"
+            f"parallel.engine=dtensor has no layers for model.family={model.family}; use parallel.engine=deepspeed"
+        )
+    if model.sliding_window is not None and model.sliding_window < config.train.sequence_length:
+        raise ConfigError(
+            f"parallel.engine=dtensor has no window, but model.sliding_window={model.sliding_window} is shorter than "
+            f"train.sequence_length={config.train.sequence_length}; use parallel.engine=deepspeed"
         )
     if getattr(model, "compile", False):
         raise ConfigError(

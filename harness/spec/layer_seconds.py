@@ -81,7 +81,7 @@ def layer_seconds_file(config: RunConfig, machine: Machine) -> Path:
     probed = probed_config(config)
     train = ("micro_batch_size", "sequence_length", "precision", "activation_checkpointing")
     content = {
-        "model": probed.model.model_dump(exclude={"name", "initializer_range"}),
+        "model": probed.model.model_dump(exclude={"name", "initializer_range", "weights"}),
         "tp": probed.parallel.tp,
         "sequence_parallel": probed.parallel.sequence_parallel,
         "threads": probed.launch.threads_per_rank,

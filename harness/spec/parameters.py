@@ -32,6 +32,8 @@ class ParameterSpec:
     """What is fused along `shard_dim`; each part is split on its own."""
     padded: bool = False
     """`shard_dim` is the vocabulary, padded with zeros to a multiple of the ranks."""
+    of_heads: bool = False
+    """Every rank holds the whole, and adds to its gradient what its own heads make of it."""
 
     @property
     def is_matrix(self) -> bool:
@@ -71,6 +73,11 @@ def embedding_specs(model: Model) -> list[ParameterSpec]:
     if model.architecture.positions == "learned":
         positions = (model.max_position_embeddings, model.hidden_size)
         specs.append(ParameterSpec("position_embedding.weight", positions, "normal"))
+    if model.type_vocab_size > 0:
+        types = (model.type_vocab_size, model.hidden_size)
+        specs.append(ParameterSpec("token_type_embedding.weight", types, "normal"))
+    if model.architecture.embedding_norm:
+        specs += _norm_specs(model, "embedding_norm")
     return specs
 
 
@@ -82,6 +89,7 @@ def block_specs(model: Model, index: int) -> list[ParameterSpec]:
     return [
         *_norm_specs(model, f"{block}.attention_norm"),
         *_column_specs(model, block, QKV, qkv_parts(model)),
+        *_head_norm_specs(model, block),
         *_row_specs(model, block, OUTPUT, model.num_attention_heads * model.head_dim),
         *_norm_specs(model, f"{block}.mlp_norm"),
         *_column_specs(model, block, UP, mlp_parts(model)),
@@ -91,9 +99,16 @@ def block_specs(model: Model, index: int) -> list[ParameterSpec]:
 
 def head_specs(model: Model) -> list[ParameterSpec]:
     """What comes after the blocks; without the matrix of a tied head, which is the embedding's."""
-    specs = _norm_specs(model, "final_norm")
+    specs = [] if model.architecture.norm_after else _norm_specs(model, "final_norm")
+    if model.architecture.head_transform:
+        specs.append(ParameterSpec("head_dense.weight", (model.hidden_size, model.hidden_size), "normal"))
+        specs.append(ParameterSpec("head_dense.bias", (model.hidden_size,), "zeros"))
+        specs += _norm_specs(model, "head_norm")
     if not model.tie_word_embeddings:
         specs.append(_vocabulary_spec(model, "head"))
+    if model.architecture.head_transform:
+        rows = (("vocabulary", model.vocab_size),)
+        specs.append(ParameterSpec("head_bias.bias", (model.vocab_size,), "zeros", 0, rows, padded=True))
     return specs
 
 
@@ -123,6 +138,13 @@ def _norm_specs(model: Model, layer: str) -> list[ParameterSpec]:
     weight = ParameterSpec(f"{layer}.weight", (model.hidden_size,), "ones")
     bias = ParameterSpec(f"{layer}.bias", (model.hidden_size,), "zeros")
     return [weight, bias] if model.architecture.norm.has_bias else [weight]
+
+
+def _head_norm_specs(model: Model, block: str) -> list[ParameterSpec]:
+    if not model.architecture.head_norms:
+        return []
+    names = (f"{block}.attention.query_norm.weight", f"{block}.attention.key_norm.weight")
+    return [ParameterSpec(name, (model.head_dim,), "ones", of_heads=True) for name in names]
 
 
 def _column_specs(model: Model, block: str, projection: str, parts: Parts) -> list[ParameterSpec]:

@@ -17,6 +17,7 @@ from harness.errors import ConfigError
 from harness.machine import Machine
 from harness.spec.checks import check
 from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.families import FAMILIES
 from harness.spec.layer_seconds import MEASURED, NotMeasured, layer_seconds_file, read_layer_seconds
 from harness.spec.partition import balance, layers_per_part
 from harness.spec.schedule_files import read_schedule
@@ -42,6 +43,7 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
         if name != "results_dir" and field.is_required() and not isinstance(raw.get(name), dict):
             raise ConfigError(f"{name}={raw.get(name)!r} is not a section; give it keys, such as {name}.KEY=VALUE")
     raw["model"] = resolve_model(raw["model"])
+    _resolve_objective(raw["model"], raw["train"])
     if raw.get("results_dir") is None:
         raw["results_dir"] = str(REPOSITORY / "results")
     if isinstance(resume := raw["train"].get("resume"), str):
@@ -82,6 +84,20 @@ def _with_measured(config: RunConfig, keys: Sequence[str], machine: Machine) -> 
         of_parts = seconds.of_parts(layers_per_part(config.model, parallel, config.train.sequence_length))
         parallel = parallel.model_copy(update={"schedule_seconds": of_parts})
     return config.model_copy(update={"parallel": parallel})
+
+
+def _resolve_objective(model: dict[str, Any], train: dict[str, Any]) -> None:
+    """Replace null by what the family is made for, and let it say what a token sees."""
+    family = model.get("family")
+    known = FAMILIES.get(family) if isinstance(family, str) else None
+    if train.get("objective") is None:
+        train["objective"] = "causal" if known is None or known.causal else "masked"
+    causal = train["objective"] != "masked"
+    if model.setdefault("causal", causal) != causal:
+        raise ConfigError(
+            f"model.causal={model['causal']} contradicts train.objective={train['objective']}, from which it follows; "
+            "leave it out"
+        )
 
 
 def _resolve_dp(parallel: dict[str, Any], machine: Machine) -> None:

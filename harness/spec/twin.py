@@ -21,9 +21,10 @@ def twin_of(config: RunConfig) -> RunConfig:
 
     Every option that changes the computation is kept: family, ties, precision, layout, kind of partition,
     ZeRO, sequence parallelism, checkpointing, whether key-value heads are grouped, fewer than tp or several on a rank,
-    whether attention is as wide as the residual stream, whether vocabulary and sequence divide by tp, and dropout where
-    tp is 1. Beyond, it is switched off: where tensor-parallel ranks hold different values they draw different masks, so
-    it is the same in every layout on average only. (`harness.run.tasks.verify` switches it off on GPUs as well.)
+    whether attention is as wide as the residual stream, whether a window hides anything, whether vocabulary and
+    sequence divide by tp, and dropout where tp is 1. Beyond, it is switched off: where tensor-parallel ranks hold
+    different values they draw different masks, so it is the same in every layout on average only.
+    (`harness.run.tasks.verify` switches it off on GPUs as well.)
     """
     partition = _twin_partition(config)
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
@@ -85,9 +86,18 @@ def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
             "head_dim": head_dim,
             "intermediate_size": 3 * width,
             "vocab_size": _like(model.vocab_size, VOCAB_SIZE, tp),
+            "sliding_window": _twin_window(model, config.train.sequence_length),
             "dropout": model.dropout if tp == 1 else 0.0,
         }
     )
+
+
+def _twin_window(model: Model, sequence_length: int) -> int | None:
+    """One that hides as large a share of a sample, if it hides any."""
+    window = model.sliding_window
+    if window is None or window >= sequence_length:
+        return window
+    return max(1, min(window, SEQUENCE_LENGTH * window // sequence_length))
 
 
 def _twin_partition(config: RunConfig) -> str | list[int]:

@@ -3,7 +3,7 @@
 Every tensor stays in host memory and computes as it would there. What is kept beside it is where a GPU would have it:
 each storage has a device, `tensor.device` tells it, results are where their operands are, and operands on two devices
 are refused as torch refuses them. `$STANDIN_GPUS` is the number of devices. `torch.cuda` keeps the current device,
-streams, events and, for each device, the bytes of the storages on it.
+context, events and, for each device, the bytes of the storages on it.
 
 Groups that ask for NCCL get gloo, and NCCL's rules: a collective takes contiguous tensors of the device that the
 process is bound to (`init_process_group(device_id=...)`, as DeepSpeed calls it, or the first one used) and no others,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness.model.dropout import RandomStreams
+from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
 from harness.model.products import use_onednn
 from harness.record.heartbeat import Phase, no_phase
@@ -71,13 +71,13 @@ class ForwardPasses(Observer):
         steps_taken: optimizer steps that the engine has taken.
     """
 
-    def __init__(self, streams: RandomStreams, steps_taken: Callable[[], int]) -> None:
-        self._streams, self._steps_taken = streams, steps_taken
+    def __init__(self, context: PassContext, steps_taken: Callable[[], int]) -> None:
+        self._context, self._steps_taken = context, steps_taken
 
     def began(self, instruction: Instruction) -> None:
         """Number the pass."""
         if instruction.kind == "forward":
-            self._streams.forward_pass = (self._steps_taken(), instruction.micro_batch)
+            self._context.forward_pass = (self._steps_taken(), instruction.micro_batch)
 
 
 class Held(NamedTuple):
@@ -118,6 +118,8 @@ class Engine(Protocol):
     compilation: Compilation | None
     """What `harness.run.compilation.compile_blocks` says of its modules."""
     observers: Observers
+    context: PassContext
+    """Of the forward passes of its layers."""
 
     @property
     def transport(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.machine import detect_machine
 from harness.model.assembly import LayerDescription, describe_layers
-from harness.model.dropout import RandomStreams
+from harness.model.context import PassContext
 from harness.model.groups import build_tensor_parallel
 from harness.model.loss import PipelineLoss
 from harness.model.precision import dtype_of
@@ -45,7 +45,7 @@ def probe(attempt: Attempt, config: RunConfig, rank: int) -> None:
         sequence_parallel=config.parallel.sequence_parallel, later=later,
     )  # fmt: skip
     checkpointing = config.train.activation_checkpointing == "full"
-    layers = describe_layers(config.model, tp, checkpointing, RandomStreams(config.train.seed))
+    layers = describe_layers(config.model, tp, checkpointing, PassContext(config.train.seed))
     modules = Modules(layers, config, device)
     initialize(modules.named(), config.model, tp, config.train.seed)
     loss = PipelineLoss(config.model.vocab_size, tp)

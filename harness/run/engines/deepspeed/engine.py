@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness.model.assembly import describe_layers, part_boundaries
 from harness.model.collectives import all_reduce
-from harness.model.dropout import RandomStreams
+from harness.model.context import PassContext
 from harness.model.emulated import set_stage
 from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
@@ -60,8 +60,8 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
     tp = build_tensor_parallel(
         topology, rank, config.model.num_key_value_heads, sequence_parallel=parallel.sequence_parallel, later=later
     )
-    streams = RandomStreams(config.train.seed, topology.coordinate(rank).dp)
-    layers = describe_layers(config.model, tp, config.train.activation_checkpointing == "full", streams)
+    context = PassContext(config.train.seed, topology.coordinate(rank).dp)
+    layers = describe_layers(config.model, tp, config.train.activation_checkpointing == "full", context)
     blocks = layers_per_part(config.model, parallel, config.train.sequence_length)
     settings = build_deepspeed_config(config)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition and topology
@@ -86,7 +86,7 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
         channels = Channels(topology, rank, schedule.placement, shape, dtype, device)
         scheduler = build_learning_rate(config.train, optimizer)
         engine = ScheduledEngine(schedule, channels, later, module, optimizer, scheduler, fill_in(settings))
-    built = DeepSpeedEngine(config, engine, module, topology, tp, blocks, settings, streams)
+    built = DeepSpeedEngine(config, engine, module, topology, tp, blocks, settings, context)
     built.compilation = compile_blocks(module, config, tp, device, phase)
     return built
 
@@ -103,9 +103,9 @@ class DeepSpeedEngine:
         tp: TensorParallel,
         blocks_per_part: list[int],
         settings: dict[str, Any],
-        streams: RandomStreams,
+        context: PassContext,
     ) -> None:
-        self.config, self.topology, self.tp = config, topology, tp
+        self.config, self.topology, self.tp, self.context = config, topology, tp, context
         self.blocks_per_part = blocks_per_part
         self.settings: dict[str, Any] | None = settings
         self.compilation: Compilation | None = None
@@ -114,9 +114,16 @@ class DeepSpeedEngine:
         self._clips = not clips_by_itself(config)  # the harness does; torch's optimizer works on the parameters
         self._norm: Tensor | None = None
         if config.model.dropout > 0:
-            self.observers.append(ForwardPasses(streams, lambda: self.steps_taken))
-        if tp.sequence_parallel:
-            self.observers.append(Before("reduce_gradients", self._sum_over_slices))
+            self.observers.append(ForwardPasses(context, lambda: self.steps_taken))
+        table = parameter_table(config.model)
+        self._partial = [
+            parameter
+            for name, parameter in module.global_parameters()
+            if table[name].shard_dim is None and (tp.sequence_parallel or table[name].of_heads)
+        ]
+        """Parameters that are whole on every rank, and their gradients not."""
+        if tp.group is not None and self._partial:
+            self.observers.append(Before("reduce_gradients", self._sum_over_ranks))
         if self._clips:
             self.observers.append(Before("optimizer", self._clip))
 
@@ -251,16 +258,16 @@ class DeepSpeedEngine:
         for group in dict.fromkeys(group for group in groups if group is not None):
             dist.destroy_process_group(group)
 
-    def _sum_over_slices(self) -> None:
-        """Complete gradients to which each tensor-parallel rank added what its slice of the sequence makes of them.
+    def _sum_over_ranks(self) -> None:
+        """Complete gradients to which each tensor-parallel rank added what its part of the activations makes of them.
 
-        They are those of all parameters that are whole on every rank: norms, row-parallel biases, positions (arXiv
-        2205.05198). One all-reduce per step, when the micro-batches are added up, makes every copy the same bits.
+        Where the sequence is sliced, they are those of all parameters that are whole on every rank: norms, row-parallel
+        biases, positions (arXiv 2205.05198); else those of norms of heads. One all-reduce per step, when the
+        micro-batches are added up, makes every copy the same bits.
         """
-        group = self.tp.group
+        group, bf16 = self.tp.group, self._engine.using_bf16_optimizer
         assert group is not None
-        whole = [parameter for parameter in self._module.parameters() if not parameter.tensor_model_parallel]
-        gradients = [parameter._hp_grad if self._engine.using_bf16_optimizer else parameter.grad for parameter in whole]
+        gradients = [getattr(parameter, "_hp_grad" if bf16 else "grad") for parameter in self._partial]
         summed = torch.cat([gradient.flatten() for gradient in gradients])
         all_reduce(summed, group)
         totals = torch.split(summed, [gradient.numel() for gradient in gradients])

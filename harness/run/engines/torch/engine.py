@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from harness.machine import detect_machine
 from harness.model.assembly import build_layers
-from harness.model.dropout import RandomStreams
+from harness.model.context import PassContext
 from harness.model.emulated import set_stage
 from harness.model.groups import TensorParallel
 from harness.model.loss import IGNORE_INDEX
@@ -94,7 +94,7 @@ class TorchEngine:
         self.steps_taken = self.steps_skipped = 0
         self._learning_rates, self._num_scheduled = learning_rates, 0
         phase("building the model")
-        self.streams = RandomStreams(config.train.seed)
+        self.context = PassContext(config.train.seed)
         self.model = self._build_model()
         named = filling(self.parameters(), phase)
         if weights is None:
@@ -116,7 +116,7 @@ class TorchEngine:
     def _build_model(self) -> nn.Module:
         """With uninitialized weights."""
         model, train = self.config.model, self.config.train
-        layers = build_layers(model, self.tp, train.activation_checkpointing == "full", self.streams)
+        layers = build_layers(model, self.tp, train.activation_checkpointing == "full", self.context)
         if isinstance(model, EmulatedModel):
             set_stage(layers, model, 0)
         return layers.to(self.device, self.dtype)
@@ -194,8 +194,8 @@ class TorchEngine:
 
     def _forward(self, number: int) -> None:
         tokens, (targets, _) = self._batch[number]
-        of_replica, self.streams.dp_rank = self._place(number)
-        self.streams.forward_pass = (self.steps_taken, of_replica)
+        of_replica, self.context.dp_rank = self._place(number)
+        self.context.forward_pass = (self.steps_taken, of_replica)
         losses = self.losses(tokens, targets) / self._valid
         self._total += losses.sum().detach()
         if torch.is_grad_enabled():

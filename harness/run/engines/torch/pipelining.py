@@ -129,7 +129,7 @@ class PipelinedEngine(TorchEngine):
         group = dist.new_group(ends, backend=self.backend) if is_tied else None  # of all ranks a call, of two the group
         self._tied_group = group if self.rank in ends else None
         self._has_copy = is_tied and self.rank == self._loss_rank
-        self.observers.append(ForwardPasses(self.streams, lambda: self.steps_taken))
+        self.observers.append(ForwardPasses(self.context, lambda: self.steps_taken))
         self._schedule = self._build_schedule()
 
     def _build_model(self) -> nn.Module:
@@ -138,7 +138,7 @@ class PipelinedEngine(TorchEngine):
             self.tp = TensorParallel.single(WeightGradients())
         self.blocks_per_part = layers_per_part(config.model, config.parallel, config.train.sequence_length)
         checkpointing = config.train.activation_checkpointing == "full"
-        layers = describe_layers(config.model, self.tp, checkpointing, self.streams)
+        layers = describe_layers(config.model, self.tp, checkpointing, self.context)
         boundaries = part_boundaries(layers, self.blocks_per_part)
         self._built: dict[str, nn.Module] = {}
         self._parts: list[Part] = []

@@ -32,8 +32,10 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from harness.model.block import ACTIVATIONS, RotaryPositions, norm_class
+from harness.model.block import RotaryPositions, norm_class
+from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
+from harness.model.layers import ACTIVATIONS
 from harness.model.loss import IGNORE_INDEX
 from harness.record.heartbeat import Phase
 from harness.run.data import MicroBatch
@@ -64,10 +66,10 @@ class Attention(nn.Module):
     def __init__(self, model: Model, tp: int) -> None:
         super().__init__()
         architecture, sizes = model.architecture, [size for _, size in qkv_parts(model)]
-        self.head_dim, self.causal = model.head_dim, architecture.causal
+        self.head_dim, self.causal = model.head_dim, model.causal
         self.grouped = model.num_key_value_heads < model.num_attention_heads
         self.local_sizes = [size // tp for size in sizes]
-        self.rotary = RotaryPositions(model.head_dim, model.rope_theta) if architecture.positions == "rotary" else None
+        self.rotary = RotaryPositions(model, PassContext()) if architecture.positions == "rotary" else None
         self.qkv = nn.Linear(model.hidden_size, sum(sizes), QKV in architecture.biases)
         self.output = nn.Linear(sizes[0], model.hidden_size, OUTPUT in architecture.biases)
 

@@ -1,0 +1,22 @@
+"""Qwen2 (arXiv 2407.10671): Llama with biases on query, key and value."""
+
+from dataclasses import replace
+
+from harness.spec.architecture import QKV
+from harness.spec.families import llama
+
+ARCHITECTURE = replace(
+    llama.ARCHITECTURE,
+    summary="Llama with biases on query, key and value",
+    biases=frozenset({QKV}),
+    transformers=replace(
+        llama.TRANSFORMERS,
+        keys={ours: theirs for ours, theirs in llama.TRANSFORMERS.keys.items() if ours != "head_dim"},
+        defaults={
+            **{key: value for key, value in llama.TRANSFORMERS.defaults.items() if key != "head_dim"},
+            "num_key_value_heads": 32, "intermediate_size": 22016, "vocab_size": 151936,
+            "max_position_embeddings": 32768,
+        },
+        fixed={"hidden_act": "silu", "attention_dropout": 0.0},
+    ),
+)  # fmt: skip
