@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
+from references import MODELS, build_reference, encoder_state, use_exact_norms
 from torch import Tensor
 
 from harness.model.assembly import SingleStage, build_layers, describe_layers, layer_names
@@ -23,14 +25,6 @@ from harness.spec.config import Model
 from harness.spec.parameters import parameter_table
 
 SINGLE = TensorParallel.single()
-MODELS = {
-    "gpt2": tiny_model(),
-    "gpt2 untied": tiny_model(tie_word_embeddings=False),
-    "llama": tiny_model("llama", tie_word_embeddings=False),
-    "llama tied": tiny_model("llama"),
-    "llama grouped": tiny_model("llama", num_key_value_heads=2, rope_theta=500.0, tie_word_embeddings=False),
-    "llama wide heads": tiny_model("llama", num_key_value_heads=4, head_dim=6),
-}
 
 
 def build_filled(model: Model, state: dict[str, Tensor], **options: bool) -> SingleStage:
@@ -39,41 +33,9 @@ def build_filled(model: Model, state: dict[str, Tensor], **options: bool) -> Sin
     return layers
 
 
-def build_reference(model: Model) -> Any:
-    import transformers  # 4 seconds
-
-    shared = {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_word_embeddings}
-    if model.family == "gpt2":
-        config = transformers.GPT2Config(
-            n_layer=model.num_hidden_layers, n_embd=model.hidden_size, n_head=model.num_attention_heads,
-            n_inner=model.intermediate_size, n_positions=model.max_position_embeddings,
-            layer_norm_epsilon=model.norm_epsilon, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **shared,
-        )  # fmt: skip
-        reference = transformers.GPT2LMHeadModel
-    else:
-        config = transformers.LlamaConfig(
-            num_hidden_layers=model.num_hidden_layers, hidden_size=model.hidden_size, head_dim=model.head_dim,
-            num_attention_heads=model.num_attention_heads, num_key_value_heads=model.num_key_value_heads,
-            intermediate_size=model.intermediate_size, max_position_embeddings=model.max_position_embeddings,
-            rms_norm_eps=model.norm_epsilon, rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            **shared,
-        )  # fmt: skip
-        reference = transformers.LlamaForCausalLM
-    config._attn_implementation = "sdpa"
-    return reference(config).double()
-
-
-def exact_norm(self: Any, hidden: Tensor) -> Tensor:
-    """LlamaRMSNorm without its detour over fp32."""
-    scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * hidden * scale
-
-
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", exact_norm)
+    use_exact_norms(monkeypatch)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -112,10 +74,12 @@ def test_equals_transformers(name: str) -> None:
     state = random_state(model, dtype=torch.float64)
     tokens, targets = random_tokens(model)
 
+    translate = encoder_state if model.family == "encoder" else partial(to_transformers, model=model)
     reference = build_reference(model)
-    missing, unexpected = reference.load_state_dict(to_transformers(state, model), strict=False)
+    missing, unexpected = reference.load_state_dict(translate(state), strict=False)
     assert not unexpected
-    assert missing == (["lm_head.weight"] if model.tie_word_embeddings else [])
+    copies = {"lm_head.weight", "head.weight", "cls.predictions.decoder.weight"} if model.tie_word_embeddings else set()
+    assert set(missing) <= copies | {"cls.predictions.decoder.bias"}
     expected = reference(tokens).logits
     expected_loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
     expected_loss.backward()
@@ -126,7 +90,7 @@ def test_equals_transformers(name: str) -> None:
     weight = 1.0 / (targets >= 0).sum()
     loss = PipelineLoss(model.vocab_size, SINGLE)(logits, (targets, weight))
     loss.backward()
-    gradients = to_transformers({key: parameter.grad for key, parameter in layers.named_parameters()}, model)
+    gradients = translate({key: parameter.grad for key, parameter in layers.named_parameters()})
 
     assert relative_error(logits, expected) < 1e-10
     assert abs(loss - expected_loss) < 1e-10

@@ -205,9 +205,6 @@ class Parallel(Section):
 class Train(Section):
     """What one optimizer step is, and how many are taken."""
 
-    objective: Literal["causal", "masked"] = "causal"
-    """causal: predict the next token. masked: predict tokens that were masked (arXiv 1810.04805), for families that
-    see both directions. `null` in the configuration: what the family is made for."""
     micro_batch_size: PositiveInt
     """Samples in one forward pass."""
     global_batch_size: PositiveInt
@@ -250,6 +247,9 @@ class Train(Section):
     """Steps between evaluations, the last step has one too; 0 makes none."""
     eval_samples: PositiveInt
     """Held-out samples of an evaluation."""
+    objective: Literal["causal", "masked"] = "causal"
+    """causal: predict the next token. masked: predict tokens that were masked (arXiv 1810.04805), for families that
+    see both directions. `null` in the configuration: what the family is made for."""
 
 
 class Data(Section):
