@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from harness.errors import ConfigError
 from harness.spec.config import RunConfig
-from harness.spec.families import gpt2, llama
+from harness.spec.families import FAMILIES, gpt2, llama
 from harness.spec.transformers_config import read_transformers_config, resolve_model
 from tests.helpers import make_config
 
@@ -139,6 +140,7 @@ def test_one_rate_of_dropout(tmp_path: Path) -> None:
         {"type": "linear", "factor": 2.0},
         {"type": "dynamic", "factor": 2.0},
         {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5},
+        {"type": "default", "rope_type": "llama3"},
         {"rope_type": "default", "partial_rotary_factor": 0.5},
         {"rope_type": "yarn"},
         "linear",
@@ -146,7 +148,80 @@ def test_one_rate_of_dropout(tmp_path: Path) -> None:
 )
 def test_scaled_rotary_positions_are_refused(tmp_path: Path, key: str, rope: Any) -> None:
     message = refusal(tmp_path, LLAMA | {key: rope})
-    assert f"{key}={rope} is not implemented; only plain rotary positions are" in message
+    assert f"{key}={rope} is not implemented; only plain rotary positions are, and those of rope_type llama3" in message
+
+
+LLAMA3_ROPE = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_llama3_rotary_positions(tmp_path: Path, key: str) -> None:
+    scaled = {"rope_type": "llama3", **LLAMA3_ROPE}
+    model = load(write(tmp_path, LLAMA | {"rope_theta": 5e5, key: scaled})).model
+    assert model.rope_theta == 5e5
+    assert model.rope_scaling is not None
+    assert model.rope_scaling.model_dump() == LLAMA3_ROPE
+    assert load(write(tmp_path, LLAMA | {key: scaled | {"rope_theta": 7e5}})).model.rope_theta == 7e5
+    assert "is not implemented" in refusal(tmp_path, LLAMA | {key: scaled | {"beta_fast": 32}})
+    assert "is not implemented" in refusal(tmp_path, GPT2 | {key: scaled})
+    with pytest.raises(ConfigError, match=r"model.rope_scaling.factor='8' is not valid"):
+        load(write(tmp_path, LLAMA | {key: scaled | {"factor": "8"}}))
+
+
+def test_saved_llama3(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE}
+    LlamaConfig(rope_parameters=rope).save_pretrained(tmp_path)
+    section = read_transformers_config(str(tmp_path))
+    assert (section["rope_scaling"], section["rope_theta"]) == (LLAMA3_ROPE, 5e5)
+
+
+# --- rules that a family's entry states
+
+
+@pytest.fixture
+def windowed(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A family whose files may switch on what is not implemented, and that looks both ways."""
+    written = replace(
+        llama.ARCHITECTURE.transformers,
+        switches={"use_sliding_window": ("sliding_window", "max_window_layers")},
+        harmless=frozenset({"pooler_type"}),
+        fixed=LLAMA_FIXED | {"is_decoder": False},
+        remedies={"is_decoder": "train.objective=causal does it"},
+        defaults=llama.ARCHITECTURE.transformers.defaults | {"head_dim": 128},
+    )
+    monkeypatch.setitem(FAMILIES, "windowed", replace(llama.ARCHITECTURE, transformers=written, causal=False))
+    return "windowed"
+
+
+def test_switched_off_settings_mean_nothing(tmp_path: Path, windowed: str) -> None:
+    file = LLAMA | {"model_type": windowed, "sliding_window": 4096, "max_window_layers": 28, "pooler_type": "first"}
+    layers = {"layer_types": ["full_attention"] * 2}
+    for settings in (file, file | {"use_sliding_window": False}, file | layers, file | {"layer_types": None}):
+        section = read_transformers_config(write(tmp_path, settings))
+        assert section.get("sliding_window") is None
+    nothing = {"use_sliding_window": True, "sliding_window": None}
+    assert read_transformers_config(write(tmp_path, file | nothing)) == section
+    assert "use_sliding_window=true is not implemented" in refusal(tmp_path, file | {"use_sliding_window": True})
+    assert "use_sliding_window=true" in refusal(tmp_path, LLAMA | {"model_type": windowed, "use_sliding_window": True})
+    mixed = {"layer_types": ["full_attention", "sliding_attention"]}
+    assert "setting layer_types=" in refusal(tmp_path, file | mixed)
+    assert "setting sliding_window=4096 is not known" in refusal(tmp_path, LLAMA | {"sliding_window": 4096})
+
+
+def test_head_dim_that_follows_from_nothing(tmp_path: Path, windowed: str) -> None:
+    assert read_transformers_config(write(tmp_path, LLAMA | {"model_type": windowed}))["head_dim"] == 128
+
+
+def test_direction_is_decided_where_it_can_be(tmp_path: Path, windowed: str) -> None:
+    for decoder in (GPT2, LLAMA):
+        assert read_transformers_config(write(tmp_path, decoder | {"is_decoder": True}))
+    assert read_transformers_config(write(tmp_path, LLAMA | {"model_type": windowed, "is_decoder": False}))
+    message = refusal(tmp_path, LLAMA | {"model_type": windowed, "is_decoder": True})
+    assert message.endswith("is_decoder=True is not implemented, only False is; train.objective=causal does it")
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])

@@ -11,7 +11,7 @@ a trait here, and code in `harness.spec.parameters` and `harness.model.block`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -55,6 +55,22 @@ class TransformersFormat:
     """Modules of ours whose matrix is [in, out] there."""
     optional_prefix: str = ""
     """What names of theirs lack in files of the model without its head."""
+    class_name: str = ""
+    """Class of theirs with the output head, `architectures` of a config.json that is written."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Tensor of theirs that is a copy -> the parameter of ours that it equals, where the model has it and no other
+    is written under this name."""
+    unused: tuple[str, ...] = ()
+    """Tensors that are no part of what is trained, as regular expressions: carried along, never read."""
+    old_names: Mapping[str, str] = field(default_factory=dict)
+    """Ends of names in older files -> what they are now."""
+    harmless: frozenset[str] = frozenset()
+    """Settings that say nothing about the computation in this family, besides those of all."""
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Setting -> those that mean nothing while it is false; true is refused unless a file sets the first of them to
+    null."""
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    """What to do instead of another value of a `fixed` setting, where that is not to change it in the file."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The shape of a model from a local `transformers` configuration, read as plain JSON.
 
 Every setting is either understood, known to be harmless, or refused by name: a setting that changes
-the computation and isn't implemented (scaled rotary positions, say) must never be ignored.
+the computation and isn't implemented (another activation, say) must never be ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
+from harness.spec.architecture import TransformersFormat
+from harness.spec.config import RopeScaling
 from harness.spec.families import FAMILIES
 
 # Settings that say nothing about the computation of a training step.
@@ -20,9 +22,15 @@ HARMLESS = frozenset(
     eos_token_id pad_token_id sep_token_id decoder_start_token_id task_specific_params id2label label2id
     num_labels problem_type return_dict output_hidden_states output_attentions summary_type
     summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    chunk_size_feed_forward is_encoder_decoder is_decoder finetuning_task tokenizer_class prefix
+    chunk_size_feed_forward is_encoder_decoder finetuning_task tokenizer_class prefix
     n_ctx gradient_checkpointing attn_implementation _attn_implementation""".split()
 )
+
+DECODER = frozenset({"is_decoder"})
+"""Of families that look only back anyway."""
+
+LLAMA3_KEYS = frozenset(RopeScaling.model_fields)
+"""Of scaled rotary positions, the same there as here."""
 
 UNUSED_ROPE_THETA = 10000.0
 """Of a family without rotary positions, where it has no meaning."""
@@ -67,12 +75,22 @@ def read_transformers_config(path: str | None) -> dict[str, Any]:
     if not path:
         raise ConfigError("model=hf needs model.path, a folder with a transformers config.json")
     file = Path(str(path)).expanduser() / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path={path!r} holds no readable config.json; give a transformers model folder")
+    section, rates = read_shape(file)
+    return section | {"dropout": _dropout(rates, file)}
+
+
+def read_shape(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`model` section of a config.json without its dropout, and the rates of dropout in it by their names.
+
+    Raises:
+        ConfigError: as for `resolve_model`.
+    """
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(
-            f"model.path={path!r} holds no readable config.json; give a transformers model folder"
-        ) from None
+    except OSError as error:
+        raise ConfigError(f"{file} can't be read ({error.strerror}); give a transformers model folder") from None
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     family = settings.get("model_type") if isinstance(settings, dict) else None
@@ -80,11 +98,15 @@ def read_transformers_config(path: str | None) -> dict[str, Any]:
     if not isinstance(family, str) or family not in formats:
         raise ConfigError(f"{file}: model_type={family!r} is not implemented; the families are {', '.join(formats)}")
     written = formats[family]
-    settings = _flatten_rope(settings, file)
-    _refuse_unimplemented(settings, {*written.keys.values(), *written.dropout}, written.fixed, file)
+    settings = _without_switched_off(settings, written, file)
+    settings, scaling = _flatten_rope(settings, "rope_theta" in written.keys, file)
+    harmless = HARMLESS | written.harmless | (DECODER if FAMILIES[family].causal else frozenset())
+    _refuse_unimplemented(settings, written, harmless, file)
     section = {ours: settings.get(theirs, written.defaults[theirs]) for ours, theirs in written.keys.items()}
-    section["dropout"] = _dropout({key: settings.get(key, rate) for key, rate in written.dropout.items()}, file)
-    return {"name": file.parent.resolve().name, "family": family, "rope_theta": UNUSED_ROPE_THETA} | section
+    section = (
+        {"name": file.parent.resolve().name, "family": family, "rope_theta": UNUSED_ROPE_THETA} | section | scaling
+    )
+    return section, {key: settings.get(key, rate) for key, rate in written.dropout.items()}
 
 
 def _dropout(rates: Mapping[str, Any], file: Path) -> Any:
@@ -96,25 +118,53 @@ def _dropout(rates: Mapping[str, Any], file: Path) -> Any:
     return first
 
 
-def _flatten_rope(settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Move `rope_theta` of newer files where older ones have it; plain rotary positions only."""
+def _without_switched_off(settings: Mapping[str, Any], written: TransformersFormat, file: Path) -> dict[str, Any]:
+    """Without the settings that mean nothing because another one is false."""
     settings = dict(settings)
-    plain = {"type": "default", "rope_type": "default"}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = settings.pop(key, None) or {}
-        if not isinstance(rope, dict) or any(plain.get(name) != rope[name] for name in rope if name != "rope_theta"):
-            raise ConfigError(f"{file}: {key}={rope} is not implemented; only plain rotary positions are")
-        if "rope_theta" in rope:
-            settings["rope_theta"] = rope["rope_theta"]
+    for switch, (first, *others) in written.switches.items():
+        if settings.pop(switch, False) and settings.get(first, ...) is not None:
+            raise ConfigError(
+                f"{file}: {switch}=true is not implemented, only false is; change it in that file, or make {first} null"
+            )
+        for key in (first, *others):
+            settings.pop(key, None)
+    layers = settings.get("layer_types")
+    if isinstance(layers, list) and all(kind == "full_attention" for kind in layers):
+        del settings["layer_types"]
     return settings
 
 
-def _refuse_unimplemented(settings: Mapping[str, Any], shape: set[str], fixed: Mapping[str, Any], file: Path) -> None:
+def _flatten_rope(settings: Mapping[str, Any], is_rotary: bool, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings with `rope_theta` of newer files where older ones have it, and our `rope_scaling` where there is one."""
+    settings, scaling = dict(settings), dict[str, Any]()
+    for key in ("rope_scaling", "rope_parameters"):
+        found = settings.pop(key, None) or {}
+        rope = found if isinstance(found, dict) else {"type": found}
+        kinds = [rope[name] for name in ("type", "rope_type") if name in rope]
+        numbers = {name: rope[name] for name in rope if name not in ("type", "rope_type", "rope_theta")}
+        is_plain = all(kind == "default" for kind in kinds) and not numbers
+        is_llama3 = is_rotary and numbers.keys() == LLAMA3_KEYS and all(kind == "llama3" for kind in kinds) and kinds
+        if not is_plain and not is_llama3:
+            raise ConfigError(
+                f"{file}: {key}={found} is not implemented; only plain rotary positions are, and those of rope_type "
+                f"llama3 with {', '.join(sorted(LLAMA3_KEYS))}"
+            )
+        scaling |= {"rope_scaling": numbers} if numbers else {}
+        if "rope_theta" in rope:
+            settings["rope_theta"] = rope["rope_theta"]
+    return settings, scaling
+
+
+def _refuse_unimplemented(
+    settings: Mapping[str, Any], written: TransformersFormat, harmless: frozenset[str], file: Path
+) -> None:
+    known = {*written.keys.values(), *written.dropout, *harmless}
     for key, value in settings.items():
-        if key in fixed:
-            if value != fixed[key]:
+        if key in written.fixed:
+            if value != written.fixed[key]:
                 raise ConfigError(
-                    f"{file}: {key}={value!r} is not implemented, only {fixed[key]!r} is; change it in that file"
+                    f"{file}: {key}={value!r} is not implemented, only {written.fixed[key]!r} is; "
+                    f"{written.remedies.get(key, 'change it in that file')}"
                 )
-        elif key not in shape and key not in HARMLESS and value is not None:
+        elif key not in known and value is not None:
             raise ConfigError(f"{file}: setting {key}={value!r} is not known to Shardwright, so it can't be honoured")

@@ -30,7 +30,10 @@ ARCHITECTURE = Architecture(
             "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
             "initializer_range": 0.02, "tie_word_embeddings": True,
         },
-        fixed={"hidden_act": "gelu", "position_embedding_type": "absolute", "add_cross_attention": False},
+        fixed={
+            "hidden_act": "gelu", "position_embedding_type": "absolute", "add_cross_attention": False,
+            "is_decoder": False, "tie_word_embeddings": True,
+        },
         dropout={"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
         modules={
             "embedding": ("bert.embeddings.word_embeddings",),
@@ -49,5 +52,14 @@ ARCHITECTURE = Architecture(
             "head_bias": ("cls.predictions",),
         },
         optional_prefix="bert.",
+        class_name="BertForMaskedLM",
+        tied={"cls.predictions.decoder.weight": "embedding.weight", "cls.predictions.decoder.bias": "head_bias.bias"},
+        unused=(r"^bert\.pooler\.", r"^cls\.seq_relationship\.", r"\.position_ids$"),
+        old_names={".gamma": ".weight", ".beta": ".bias"},
+        harmless=frozenset({"classifier_dropout", "pooler_type", "gradient_checkpointing"}),
+        remedies={
+            "is_decoder": "change it in that file, and train what looks only back with train.objective=causal",
+            "tie_word_embeddings": "an untied bias of the head has another name there",
+        },
     ),
 )  # fmt: skip

@@ -43,5 +43,8 @@ ARCHITECTURE = Architecture(
         },
         transposed=frozenset({QKV, OUTPUT, UP, DOWN}),  # its Conv1D
         optional_prefix="transformer.",
+        class_name="GPT2LMHeadModel",
+        tied={"lm_head.weight": "embedding.weight"},
+        unused=(r"\.attn\.(bias|masked_bias)$",),  # causal masks in older files
     ),
 )  # fmt: skip

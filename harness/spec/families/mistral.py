@@ -16,5 +16,6 @@ ARCHITECTURE = replace(
             "sliding_window": 4096,
         },
         fixed={"hidden_act": "silu", "attention_dropout": 0.0},
+        class_name="MistralForCausalLM",
     ),
 )  # fmt: skip

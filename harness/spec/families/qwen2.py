@@ -11,12 +11,13 @@ ARCHITECTURE = replace(
     biases=frozenset({QKV}),
     transformers=replace(
         llama.TRANSFORMERS,
-        keys={ours: theirs for ours, theirs in llama.TRANSFORMERS.keys.items() if ours != "head_dim"},
         defaults={
-            **{key: value for key, value in llama.TRANSFORMERS.defaults.items() if key != "head_dim"},
+            **llama.TRANSFORMERS.defaults,
             "num_key_value_heads": 32, "intermediate_size": 22016, "vocab_size": 151936,
             "max_position_embeddings": 32768,
         },
         fixed={"hidden_act": "silu", "attention_dropout": 0.0},
+        class_name="Qwen2ForCausalLM",
+        switches={"use_sliding_window": ("sliding_window", "max_window_layers")},
     ),
 )  # fmt: skip

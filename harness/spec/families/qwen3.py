@@ -15,6 +15,8 @@ ARCHITECTURE = replace(
             "vocab_size": 151936, "max_position_embeddings": 32768,
         },
         fixed={"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0},
+        class_name="Qwen3ForCausalLM",
+        switches={"use_sliding_window": ("sliding_window", "max_window_layers")},
         modules={
             **llama.TRANSFORMERS.modules,
             "attention.query_norm": ("model.layers.{i}.self_attn.q_norm",),
