@@ -28,7 +28,6 @@ MODELS: dict[str, Model] = {
     "qwen2": tiny_model("qwen2", num_key_value_heads=2),
     "qwen3": tiny_model("qwen3", num_key_value_heads=2, head_dim=6, tie_word_embeddings=False),
     "bert": tiny_model("bert", causal=False, type_vocab_size=2, norm_epsilon=1e-12),
-    "bert untied": tiny_model("bert", causal=False, type_vocab_size=2, tie_word_embeddings=False),
     "bert causal": tiny_model("bert", type_vocab_size=2),
     "encoder": tiny_model("encoder", causal=False),
     "encoder causal": tiny_model("encoder", tie_word_embeddings=False),

@@ -20,6 +20,7 @@ from harness.spec.counts import (
     training_flops_per_token,
 )
 from tests.helpers import make_config
+from tests.references import build_reference
 
 SHAPE: dict[str, Any] = {
     "name": "hand", "num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 4, "head_dim": 2,
@@ -28,6 +29,11 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 GPT2 = Model(family="gpt2", num_key_value_heads=4, tie_word_embeddings=True, **SHAPE)
 LLAMA = Model(family="llama", num_key_value_heads=2, tie_word_embeddings=False, **SHAPE)
+BERT = Model(
+    family="bert", num_key_value_heads=4, tie_word_embeddings=True, causal=False, type_vocab_size=2, **SHAPE
+)  # fmt: skip
+QWEN3 = Model(family="qwen3", num_key_value_heads=2, tie_word_embeddings=False, **SHAPE)
+ENCODER = Model(family="encoder", num_key_value_heads=4, tie_word_embeddings=True, causal=False, **SHAPE)
 
 
 def test_gpt2_by_hand() -> None:
@@ -51,6 +57,39 @@ def test_llama_by_hand() -> None:
     assert block_forward_flops(LLAMA, 10) == 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 20) + 2 * 2 * 10 * 8
 
 
+def test_bert_by_hand() -> None:
+    """A block is GPT-2's; before it are kinds of tokens and a norm, behind it a dense layer, a norm and a bias."""
+    assert block_parameters(BERT) == block_parameters(GPT2) == block_parameters(ENCODER)
+    assert embedding_parameters(BERT) == embedding_parameters(GPT2) + 2 * 8 + (8 + 8)
+    assert head_parameters(BERT) == (8 * 8 + 8) + (8 + 8) + 11
+    assert head_forward_flops(BERT) == 2 * 8 * 8 + 2 * 8 * 11
+    assert (embedding_parameters(ENCODER), head_parameters(ENCODER)) == (11 * 8, 0)
+    assert head_forward_flops(ENCODER) == 2 * 8 * 11
+
+
+def test_norms_of_heads_by_hand() -> None:
+    assert block_parameters(QWEN3) == block_parameters(LLAMA) + 2 * 2
+    assert block_forward_flops(QWEN3, 10) == block_forward_flops(LLAMA, 10)
+
+
+@pytest.mark.parametrize("window", [1, 4, 999, 1000, 1001, None])
+def test_a_window_counts_what_it_leaves(window: int | None) -> None:
+    """In full a window of keys for each query; causal what the masks leave of it, but for the diagonal's half."""
+    model, length = LLAMA.model_copy(update={"sliding_window": window}), 1000
+    seen = min(length, window or length)
+    products = block_forward_flops(LLAMA, length) - 4 * length * 8
+    assert block_forward_flops(model, length) == products + 4 * seen * 8
+    left = sum(min(query + 1, seen) - 0.5 * (query < seen) for query in range(length)) / length
+    assert block_forward_flops(model, length, causal=True) == round(products + 4 * left * 8)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_only_what_looks_back_is_halved(causal: bool) -> None:
+    model = BERT.model_copy(update={"causal": causal})
+    halved = training_flops_per_token(model, 10) != training_flops_per_token(model, 10, causal=True)
+    assert halved == causal
+
+
 def test_wide_heads_by_hand() -> None:
     """head_dim need not be hidden_size / num_attention_heads."""
     wide = LLAMA.model_copy(update={"head_dim": 6})
@@ -66,20 +105,10 @@ def test_training_flops(model: Model) -> None:
     assert training_flops_per_token(model, 10) - training_flops_per_token(model, 10, causal=True) == 3 * 3 * 2 * 10 * 8
 
 
-def build_reference(model: Model) -> torch.nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    keys = model.architecture.transformers.keys
-    settings = {theirs: getattr(model, ours) for ours, theirs in keys.items()} | {"attn_implementation": "eager"}
-    return (
-        GPT2LMHeadModel(GPT2Config(**settings)) if model.family == "gpt2" else LlamaForCausalLM(LlamaConfig(**settings))
-    )
-
-
-@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("model", [GPT2, LLAMA, BERT, QWEN3], ids=["gpt2", "llama", "bert", "qwen3"])
 def test_pytorch_counts_the_same_flops(model: Model) -> None:
     batch, sequence = 2, 10
-    reference = build_reference(model)
+    reference = build_reference(model, attn_implementation="eager")
     tokens = torch.randint(model.vocab_size, (batch, sequence))
 
     def count(backward: bool) -> int:

@@ -6,13 +6,13 @@ import json
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MACHINE, compose_raw, make_config
+from helpers import MACHINE, compose_raw
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
+from references import build_reference
 
 from harness.errors import ConfigError
 from harness.model.assembly import build_layers
@@ -22,7 +22,7 @@ from harness.model.transformers_weights import from_transformers, to_transformer
 from harness.plan.memory import memory_per_stage
 from harness.spec import counts
 from harness.spec.architecture import DOWN, OUTPUT, QKV, UP
-from harness.spec.config import REPOSITORY, RunConfig
+from harness.spec.config import REPOSITORY, Model, RunConfig
 from harness.spec.families import FAMILIES
 from harness.spec.identity import identity
 from harness.spec.parameters import parameter_table
@@ -36,28 +36,34 @@ WRITTEN = {name: family.transformers for name, family in FAMILIES.items() if fam
 
 
 def test_every_family_is_in_the_table() -> None:
-    assert {"emulated", "gpt2", "llama"} <= set(FAMILIES)
+    assert {"bert", "emulated", "encoder", "gpt2", "llama", "mistral", "qwen2", "qwen3"} == set(FAMILIES)
     assert all(family.biases <= {QKV, OUTPUT, UP, DOWN} for family in FAMILIES.values())
+
+
+def untied(family: str) -> Model:
+    """With every parameter that it can have."""
+    return tiny_model(family, num_hidden_layers=1, tie_word_embeddings=False, type_vocab_size=2 * (family == "bert"))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_module_and_key_has_its_counterpart(name: str) -> None:
-    written, table = WRITTEN[name], parameter_table(tiny_model(name, num_hidden_layers=1, tie_word_embeddings=False))
+    written, table = WRITTEN[name], parameter_table(untied(name))
     modules = {parameter.rpartition(".")[0].removeprefix("blocks.0.") for parameter in table}
     assert modules == set(written.modules)
     assert written.transposed <= modules
     assert set(written.defaults) == set(written.keys.values())
-    assert not set(written.defaults) & (set(written.fixed) | set(written.dropout))
+    assert not set(written.defaults) & set(written.dropout)
+    assert all(written.defaults[key] == value for key, value in written.fixed.items() if key in written.defaults)
 
 
 # --- a family of ten lines, put into the table and taken out again
 
-EXAMPLE = REPOSITORY / "tests" / "examples" / "biased_llama.py"
+EXAMPLE = REPOSITORY / "tests" / "examples" / "unbiased_qwen2.py"
 """What harness/spec/families/ would hold."""
 
 
 @pytest.fixture
-def biased_llama(monkeypatch: pytest.MonkeyPatch) -> str:
+def unbiased_qwen2(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(FAMILIES, EXAMPLE.stem, runpy.run_path(str(EXAMPLE))["ARCHITECTURE"])
     return EXAMPLE.stem
 
@@ -74,44 +80,41 @@ def _without_a_trace() -> Iterator[None]:
 
 
 def test_without_its_entry_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"family='biased_llama' is not .* 'emulated', 'gpt2'"):
-        load("biased_llama")
+    with pytest.raises(ConfigError, match=r"family='unbiased_qwen2' is not .* 'emulated', .*'qwen3'"):
+        load("unbiased_qwen2")
 
 
-def test_its_configuration_is_accepted_and_read_from_config_json(biased_llama: str, tmp_path: Path) -> None:
-    config = load(biased_llama, "parallel.pp=2")
-    assert config.model.family == biased_llama
-    assert twin_of(config).model.family == biased_llama
+def test_its_configuration_is_accepted_and_read_from_config_json(unbiased_qwen2: str, tmp_path: Path) -> None:
+    config = load(unbiased_qwen2, "parallel.pp=2")
+    assert config.model.family == unbiased_qwen2
+    assert twin_of(config).model.family == unbiased_qwen2
     assert identity(config, "data") != identity(load("llama", "parallel.pp=2"), "data")
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": biased_llama, "rope_theta": 5e5}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": unbiased_qwen2, "rope_theta": 5e5}))
     assert resolve_model({"family": "hf", "path": str(tmp_path)})["rope_theta"] == 5e5
 
 
-def test_its_parameters_are_counted(biased_llama: str) -> None:
-    ours, llamas = load(biased_llama).model, make_config("model=llama_tiny").model
+def test_its_parameters_are_counted(unbiased_qwen2: str) -> None:
+    ours, qwens = load(unbiased_qwen2).model, load("qwen2").model
     width = (ours.num_attention_heads + 2 * ours.num_key_value_heads) * ours.head_dim
-    assert counts.parameters(ours) - counts.parameters(llamas) == ours.num_hidden_layers * width
-    assert counts.training_flops_per_token(ours, 64) == counts.training_flops_per_token(llamas, 64)
-    table, known = parameter_table(ours), parameter_table(llamas)
-    added = [table[name] for name in table if name not in known]
-    assert [spec.name for spec in added] == [f"blocks.{i}.attention.qkv.bias" for i in range(ours.num_hidden_layers)]
-    assert {(spec.shape, spec.shard_dim, spec.init) for spec in added} == {((width,), 0, "zeros")}
+    assert counts.parameters(qwens) - counts.parameters(ours) == ours.num_hidden_layers * width
+    assert counts.training_flops_per_token(ours, 64) == counts.training_flops_per_token(qwens, 64)
+    assert parameter_table(ours) == parameter_table(load("llama").model)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_its_memory_is_that_of_the_layers(biased_llama: str, tp: int) -> None:
-    config = load(biased_llama, f"parallel.tp={tp}")
+def test_its_memory_is_that_of_the_layers(unbiased_qwen2: str, tp: int) -> None:
+    config = load(unbiased_qwen2, f"parallel.tp={tp}")
     layers = build_layers(config.model, TensorParallel(group=None, rank=0, size=tp, kv_group=None, kv_size=1))
     held = sum(parameter.numel() for parameter in layers.parameters())
     (stage,) = memory_per_stage(config, layers_per_part(config.model, config.parallel, config.train.sequence_length))
     assert stage.parameter_bytes == 4 * held
 
 
-def test_it_computes_as_in_transformers(biased_llama: str) -> None:
-    model = tiny_model(biased_llama, num_key_value_heads=2, tie_word_embeddings=False)
+def test_it_computes_as_in_transformers(unbiased_qwen2: str) -> None:
+    model = tiny_model(unbiased_qwen2, num_key_value_heads=2, tie_word_embeddings=False)
     state, (tokens, targets) = random_state(model), random_tokens(model)
-    reference = qwen2(model)
+    reference = build_reference(model.model_copy(update={"family": "llama"}))
     reference.load_state_dict(to_transformers(state, model))
     expected = reference(tokens).logits
     F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
@@ -128,11 +131,3 @@ def test_it_computes_as_in_transformers(biased_llama: str) -> None:
     assert max(relative_error(gradients[key], wanted[key]) for key in wanted) < 1e-4
     again = from_transformers(reference.state_dict(), model)
     assert all(torch.equal(again[name], state[name]) for name in state)
-
-
-def qwen2(model: Any) -> Any:
-    """The family of `transformers` that has these biases."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    keys = model.architecture.transformers.keys
-    return Qwen2ForCausalLM(Qwen2Config(**{theirs: getattr(model, ours) for ours, theirs in keys.items()}))

@@ -68,7 +68,7 @@ def test_the_answer_names_all_there_is(capsys: pytest.CaptureFixture[str]) -> No
         for name in [*LAUNCHERS, "quickstart.sh", "test.sh", *help.groups()]:
             assert f"\n  {name} " in text
         assert "setup.sh" not in text  # others source it
-        assert "gpt2_tiny, emulated" in text  # the default first
+        assert "gpt2_tiny, bert" in text  # the default first
         assert "results_dir=null" in text
 
 

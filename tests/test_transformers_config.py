@@ -14,6 +14,7 @@ from harness.spec.config import RunConfig
 from harness.spec.families import FAMILIES, gpt2, llama
 from harness.spec.transformers_config import read_transformers_config, resolve_model
 from tests.helpers import make_config
+from tests.references import CLASSES, MODELS, transformers_config
 
 GPT2_FIXED, LLAMA_FIXED = (family.ARCHITECTURE.transformers.fixed for family in (gpt2, llama))
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -27,6 +28,8 @@ GPT2 = {
     **NO_DROPOUT,
 }
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300}
+
+LATER = {"causal": True, "sliding_window": None, "rope_scaling": None, "type_vocab_size": 0, "weights": None}
 
 
 def write(folder: Path, settings: Any) -> str:
@@ -60,7 +63,7 @@ def test_saved_gpt2(tmp_path: Path) -> None:
         "name": tmp_path.name, "family": "gpt2", "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6,
         "num_key_value_heads": 6, "head_dim": 8, "intermediate_size": 100, "vocab_size": 300,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "norm_epsilon": 1e-5, "rope_theta": 10000.0,
-        "initializer_range": 0.02, "dropout": 0.0, "compile": False, "onednn": None,
+        "initializer_range": 0.02, "dropout": 0.0, "compile": False, "onednn": None, **LATER,
     }  # fmt: skip
     assert model.model_dump() == expected
 
@@ -80,20 +83,35 @@ def test_saved_llama(tmp_path: Path) -> None:
         "name": tmp_path.name, "family": "llama", "num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 100, "vocab_size": 300,
         "max_position_embeddings": 256, "tie_word_embeddings": True, "norm_epsilon": 1e-5, "rope_theta": 5e5,
-        "initializer_range": 0.01, "dropout": 0.0, "compile": False, "onednn": None,
+        "initializer_range": 0.01, "dropout": 0.0, "compile": False, "onednn": None, **LATER,
     }  # fmt: skip
     assert model.model_dump() == expected
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.architecture.transformers])
+def test_every_saved_shape_is_read(tmp_path: Path, name: str) -> None:
+    """What is causal is not in a file: training says it."""
+    saved = transformers_config(MODELS[name].model_copy(update={"causal": False}))
+    saved.save_pretrained(tmp_path)
+    read = resolve_model({"family": "hf", "path": str(tmp_path)})
+    expected = MODELS[name].model_dump(exclude={"name", "causal", "compile", "onednn", "weights"})
+    if expected["head_dim"] * expected["num_attention_heads"] == expected["hidden_size"]:
+        read.setdefault("head_dim", expected["head_dim"])
+    assert read.pop("name") == tmp_path.name
+    assert {**LATER, **read} == {**LATER, **expected, "rope_theta": read["rope_theta"]}
+    if MODELS[name].architecture.positions == "rotary":
+        assert read["rope_theta"] == MODELS[name].rope_theta
+
+
+@pytest.mark.parametrize("family", CLASSES)
 def test_our_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     """What a file leaves out means the same to both."""
-    from transformers import GPT2Config, LlamaConfig
+    import transformers
 
-    (GPT2Config() if family == "gpt2" else LlamaConfig()).save_pretrained(tmp_path)
+    getattr(transformers, CLASSES[family][0])().save_pretrained(tmp_path)
     complete = resolve_model({"family": "hf", "path": str(tmp_path)})
     assert resolve_model({"family": "hf", "path": write(tmp_path, {"model_type": family})}) == complete
-    assert complete["dropout"] == (0.1 if family == "gpt2" else 0.0)
+    assert complete["dropout"] == (0.1 if family in ("gpt2", "bert") else 0.0)
 
 
 def test_older_files(tmp_path: Path) -> None:
@@ -239,7 +257,7 @@ def test_unknown_settings_are_refused(tmp_path: Path) -> None:
     assert load(write(tmp_path, LLAMA | {"sliding_window": None})).model.family == "llama"
 
 
-@pytest.mark.parametrize("family", ["mistral", None, ["llama"]])
+@pytest.mark.parametrize("family", ["mixtral", None, ["llama"]])
 def test_other_families_are_refused(tmp_path: Path, family: Any) -> None:
     assert f"model_type={family!r} is not implemented" in refusal(tmp_path, LLAMA | {"model_type": family})
 

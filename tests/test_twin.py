@@ -28,6 +28,7 @@ FIELDS = {
         "num_key_value_heads": SIZE, "head_dim": SIZE, "intermediate_size": SIZE, "vocab_size": SIZE,
         "max_position_embeddings": KEPT, "tie_word_embeddings": KEPT, "norm_epsilon": KEPT, "rope_theta": KEPT,
         "initializer_range": KEPT, "dropout": OFF, "compile": KEPT, "onednn": KEPT,
+        "causal": KEPT, "sliding_window": SIZE, "rope_scaling": KEPT, "type_vocab_size": KEPT, "weights": OFF,
     },
     "parallel": {
         "tp": KEPT, "pp": KEPT, "dp": KEPT, "schedule": KEPT, "partition": SIZE, "zero_stage": KEPT,
@@ -40,7 +41,7 @@ FIELDS = {
         "learning_rate_warmup_steps": KEPT, "learning_rate_decay": KEPT, "adam_betas": KEPT, "adam_epsilon": KEPT,
         "weight_decay": KEPT, "gradient_clipping": KEPT, "activation_checkpointing": KEPT, "seed": KEPT,
         "checkpoint_interval": KEPT, "keep_checkpoints": KEPT, "resume": KEPT, "eval_interval": KEPT,
-        "eval_samples": KEPT,
+        "eval_samples": KEPT, "objective": KEPT,
     },
 }  # fmt: skip
 SECTIONS = {"model": Model, "parallel": Parallel, "train": Train}
