@@ -241,6 +241,11 @@ MODELS = {
     "llama tied, 4 key-value heads": tiny_model("llama", num_key_value_heads=4),
     "llama, 2 key-value heads": tiny_model("llama", num_key_value_heads=2, tie_word_embeddings=False),
     "llama, 1 key-value head": tiny_model("llama", num_key_value_heads=1, head_dim=8),
+    "mistral": tiny_model("mistral", sliding_window=4),
+    "qwen2, 1 key-value head": tiny_model("qwen2", num_key_value_heads=1),
+    "qwen3, 2 key-value heads": tiny_model("qwen3", num_key_value_heads=2),
+    "bert": tiny_model("bert", causal=False, type_vocab_size=2),
+    "encoder": tiny_model("encoder", causal=False, tie_word_embeddings=False),
 }
 
 
@@ -259,7 +264,7 @@ def own_slice(tensor: Tensor, tp: TensorParallel) -> Tensor:
 def whole_gradient(parameter: Tensor, spec: ParameterSpec, tp: TensorParallel) -> Tensor:
     """The gradient after what a step does with parameters that are whole on every rank."""
     gradient = grad(parameter)
-    if tp.sequence_parallel and spec.shard_dim is None:
+    if (tp.sequence_parallel and spec.shard_dim is None) or spec.of_heads:
         assert tp.group is not None
         collectives.all_reduce(gradient, tp.group)
     return gradient
@@ -286,7 +291,13 @@ def block(name: str, tp: TensorParallel) -> Iterator[Comparison]:
         yield f"gradient of {key}", whole_gradient(parameter, spec, tp), shard(full, spec, tp.rank, tp.size)
 
 
-def whole_model(name: str, checkpointing: bool, tp: TensorParallel) -> Iterator[Comparison]:
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3], [0] * 12, [0] * 5 + [1] * 7])
+"""[batch, sequence], with padding behind the others."""
+
+
+def whole_model(
+    name: str, checkpointing: bool, tp: TensorParallel, has_documents: bool = False
+) -> Iterator[Comparison]:
     model = MODELS[name]
     tp = kv_parallel(model, tp)
     single, state = TensorParallel.single(), random_state(model)
@@ -294,7 +305,10 @@ def whole_model(name: str, checkpointing: bool, tp: TensorParallel) -> Iterator[
     weight = torch.tensor(1.0 / float((targets >= 0).sum()))
     results = []
     for place in (tp, single):
-        layers = build_layers(model, place, activation_checkpointing=checkpointing and place is tp)
+        context = PassContext()
+        if has_documents:
+            context.documents = lambda *_: DOCUMENTS[:, : tokens.shape[1]]
+        layers = build_layers(model, place, checkpointing and place is tp, context)
         fill(layers, model, state, place)
         logits = layers(tokens)
         loss = PipelineLoss(model.vocab_size, place)(logits, (targets, weight))
@@ -400,6 +414,14 @@ def _bind(check: Callable[..., Iterator[Comparison]], *args: object) -> Check:
     return lambda tp: check(*args, tp)
 
 
+DOCUMENTED = ("gpt2", "mistral", "qwen3, 2 key-value heads", "bert", "encoder")
+
+
+def with_documents(name: str) -> Check:
+    """The model, on rows of several documents; checkpointed, its masks are asked for again."""
+    return lambda tp: whole_model(name, name == "mistral", tp, has_documents=True)
+
+
 def sliced(check: Callable[..., Iterator[Comparison]], *args: object) -> Check:
     """The check with sequence parallelism."""
     return lambda tp: check(*args, replace(tp, sequence_parallel=True))
@@ -418,6 +440,8 @@ CHECKS: dict[str, Check] = {
     **{f"model {name}": _bind(whole_model, name, False) for name in MODELS},
     "model gpt2, checkpointed": _bind(whole_model, "gpt2", True),
     "model llama, 1 key-value head, checkpointed": _bind(whole_model, "llama, 1 key-value head", True),
+    **{f"documents, model {name}": with_documents(name) for name in DOCUMENTED},
+    **{f"sequence parallel, documents, model {name}": sliced(with_documents(name)) for name in DOCUMENTED},
     "dropout": dropout,
     "sequence parallel, dropout": sliced(dropout),
     "sequence parallel, traffic": sliced(traffic),
