@@ -48,12 +48,12 @@ def test_masks_and_positions_by_their_definition(
     documents = numbered([lengths], sequence)
     context = context_of(documents)
     of, cpu = documents[0].tolist(), torch.device("cpu")
-    mask = context.mask(sequence, causal, window if causal else None, cpu)
+    mask = context.mask(torch.empty(sequence, 2), causal, window if causal else None)
     assert mask is not None
     for q in range(sequence):
         for k in range(sequence):
             seen = of[q] == of[k] and (not causal or (k <= q and (window is None or q - k < window)))
-            assert mask[0, 0, q, k] == seen, (q, k)
+            assert mask[0, 0, q, k] == (0 if seen else -torch.inf), (q, k)
     starts = [of.index(number) for number in of]
     positions = context.positions(cpu)
     assert positions is not None
@@ -64,19 +64,21 @@ def test_a_row_that_is_one_sequence_needs_no_mask() -> None:
     context, cpu = context_of(None), torch.device("cpu")
     assert context.positions(cpu) is None
     for window in (None, 8, 9):
-        assert context.mask(8, True, window, cpu) is None
-    assert context.mask(8, True, 7, cpu) is not None
+        assert context.mask(torch.empty(8, 2), True, window) is None
+    mask = context.mask(torch.empty(8, 2), True, 7)
+    context.forward_pass = (1, 2)
+    assert context.mask(torch.empty(8, 2), True, 7) is mask is not None
 
 
 def test_the_layers_of_a_pass_share_what_is_made_for_it() -> None:
     asked = []
     context = PassContext(dp_rank=3)
     context.documents = lambda *place: (asked.append(place), torch.zeros(1, 4, dtype=torch.long))[1]
-    cpu = torch.device("cpu")
-    masks = [context.mask(4, True, None, cpu) for _ in range(3)]
+    query = torch.empty(4, 2)
+    masks = [context.mask(query, True, None) for _ in range(3)]
     assert masks[0] is masks[2]
     context.forward_pass = (1, 2)
-    assert context.mask(4, True, None, cpu) is not masks[0]
+    assert context.mask(query, True, None) is not masks[0]
     assert asked == [(0, 0, 3), (1, 2, 3)]
 
 
@@ -107,7 +109,9 @@ def test_a_document_in_a_row_is_computed_as_on_its_own(name: str) -> None:
         for length in lengths:
             own = slice(first, first + length)
             logits = alone(tokens[row : row + 1, own])
-            assert torch.allclose(together[row, own], logits[0], rtol=0, atol=1e-11 * float(logits.detach().abs().max()))
+            assert torch.allclose(
+                together[row, own], logits[0], rtol=0, atol=1e-11 * float(logits.detach().abs().max())
+            )
             loss = loss + (together[row, own] * weights[row, own]).sum()
             apart = apart + (logits[0] * weights[row, own]).sum()
             first += length

@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 import torch
 from helpers_model import saved_bytes
+from torch import nn
 
-from harness.model.assembly import build_layers
+from harness.model.assembly import build_layers, describe_layers
 from harness.model.block import TransformerBlock
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
@@ -17,6 +18,7 @@ from harness.model.weight_gradients import WeightGradients, add_gradients
 from harness.plan.memory import (
     block_activation_bytes_per_token,
     gradient_bytes_per_parameter,
+    head_inputs,
     memory_beside_measured,
     memory_per_stage,
     optimizer_bytes_per_parameter,
@@ -77,7 +79,7 @@ def test_measured_beside_counted() -> None:
     assert "device" in memory_beside_measured(config, [2, 2], [0] * 8, "cuda")[0]["measured"]
 
 
-@pytest.mark.parametrize("name", ["gpt2_tiny", "llama_tiny", "llama_1b"])
+@pytest.mark.parametrize("name", ["gpt2_tiny", "llama_tiny", "llama_1b", "bert_tiny", "encoder_tiny"])
 @pytest.mark.parametrize("layers", [[4], [2, 2], [1, 2, 1]])
 def test_one_rank_per_stage_holds_what_the_stage_holds(name: str, layers: list[int]) -> None:
     config = big(f"model={name}", f"parallel.pp={len(layers)}")
@@ -88,7 +90,9 @@ def test_one_rank_per_stage_holds_what_the_stage_holds(name: str, layers: list[i
     ]
 
 
-@pytest.mark.parametrize(("name", "tp"), list(product(["gpt2_tiny", "llama_tiny"], [1, 2, 4, 8])))
+@pytest.mark.parametrize(
+    ("name", "tp"), list(product(["gpt2_tiny", "llama_tiny", "bert_tiny", "encoder_tiny"], [1, 2, 4, 8]))
+)
 def test_the_model_holds_as_many_parameters(name: str, tp: int) -> None:
     model = make_config(f"model={name}").model
     kv_size = max(1, tp // model.num_key_value_heads)
@@ -155,8 +159,38 @@ def test_pytorch_keeps_as_much_for_backward() -> None:
     assert saved_bytes_per_token(llama.model, torch.float32) == counted + norms + rotary
 
 
+@pytest.mark.parametrize("overrides", [["model=bert_tiny"], ["model=bert_tiny", "train.objective=causal"],
+                                       ["model=encoder_tiny"]])  # fmt: skip
+def test_pytorch_keeps_as_much_with_norms_behind_the_sums(overrides: list[str]) -> None:
+    config = make_config(*overrides)
+    counted = block_activation_bytes_per_token(config.model, config.parallel, "fp32")
+    assert saved_bytes_per_token(config.model, torch.float32) == counted
+
+
+def test_pytorch_keeps_no_mask_per_block() -> None:
+    config = make_config("model=llama_tiny", "model.family=mistral", "model.sliding_window=16")
+    whole = config.model.model_copy(update={"sliding_window": None})
+    shared = 4 * 64 * 64 / (2 * 64)
+    found = saved_bytes_per_token(config.model, torch.float32)
+    assert found == saved_bytes_per_token(whole, torch.float32) + shared
+
+
+@pytest.mark.parametrize(("name", "inputs"), [("bert_tiny", 4), ("encoder_tiny", 1), ("gpt2_tiny", 2)])
+def test_pytorch_keeps_the_inputs_of_what_is_behind_the_blocks(name: str, inputs: int) -> None:
+    """Of dense layer, activation and norm, or of a norm, and of the output matrix; besides, a norm's statistics."""
+    model = make_config(f"model={name}", "model.tie_word_embeddings=false").model
+    layers = describe_layers(model, TensorParallel.single())
+    blocks = [layer.name.startswith("blocks.") for layer in layers]
+    head = nn.Sequential(*(layer.build() for layer in layers[len(blocks) - blocks[::-1].index(True) :]))
+    hidden = torch.randn(2, 64, model.hidden_size, requires_grad=True)
+    statistics = 0 if name == "encoder_tiny" else 2 * 4
+    assert head_inputs(model) == inputs
+    assert saved_bytes(head, hidden) / (2 * 64) == inputs * 4 * model.hidden_size + statistics
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("overrides", [["model=gpt2_tiny"], ["model=llama_tiny", "model.num_key_value_heads=1"]])
+@pytest.mark.parametrize("overrides", [["model=gpt2_tiny"], ["model=llama_tiny", "model.num_key_value_heads=1"],
+                                       ["model=bert_tiny"], ["model=llama_tiny", "model.family=qwen3"]])  # fmt: skip
 def test_half_of_a_split_backward_pass_keeps_as_much_for_the_other(overrides: list[str], precision: str) -> None:
     config = make_config(*overrides, f"train.precision={precision}")
     model, later, dtype = (

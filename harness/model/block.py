@@ -119,7 +119,7 @@ class ParallelAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        mask = self.context.mask(query.shape[-2], self.causal, self.window, query.device)
+        mask = self.context.mask(query, self.causal, self.window)
         # enable_gqa beats repeated keys on CPU; either way this is flash attention (on CPU without dropout only).
         attend = partial(
             F.scaled_dot_product_attention,

@@ -35,7 +35,7 @@ class PassContext:
         """Step and micro-batch, set before each forward pass."""
         self.documents: Documents | None = None
         """None: a row is one sequence."""
-        self._made: tuple[object, dict[object, Tensor]] = (None, {})
+        self._made: tuple[object, dict[object, Tensor]] = None, {}
         """What the layers of one pass share, and of which."""
 
     def stream(self, place: str, device: torch.device) -> AbstractContextManager[None]:
@@ -63,12 +63,17 @@ class PassContext:
         return self._shared("positions", lambda: positions_in(self._documents(device)))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def mask(self, length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-        """Which keys a query sees, [1 or batch, 1, sequence, sequence]; None: all, or with `causal` those up to it.
+    def mask(self, query: Tensor, causal: bool, window: int | None) -> Tensor | None:
+        """What to add to scores: 0 where a query sees a key, else -inf, [1 or batch, 1, sequence, sequence].
+
+        None: it sees all keys, or with `causal` those up to its own. A truth value would take a byte, but every layer
+        would make numbers of it, and keep them for its backward pass.
 
         Args:
+            query: of any head, [..., sequence, head_dim].
             window: see `sliding_window` of `harness.spec.config.Model`.
         """
+        length, device, dtype = query.shape[-2], query.device, query.dtype
         window = window if window is not None and window < length else None
         if self.documents is None and window is None:
             return None
@@ -82,17 +87,18 @@ class PassContext:
             if self.documents is not None:
                 documents = self._documents(device)
                 seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
-            return seen.unsqueeze(1)
+            scores = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+            return scores.unsqueeze(1)
 
-        return self._shared(("mask", length, causal, window, device), make)
+        return self._shared(("mask", length, causal, window, device, dtype), make)
 
     def _documents(self, device: torch.device) -> Tensor:
         assert self.documents is not None
         return self.documents(*self.forward_pass, self.dp_rank).to(device)
 
     def _shared(self, what: object, make: Callable[[], Tensor]) -> Tensor:
-        """Made once for all layers of a pass."""
-        current = self.documents, self.forward_pass, self.dp_rank
+        """Made once for all layers of a pass; of all passes, where rows are whole sequences."""
+        current = None if self.documents is None else (self.documents, self.forward_pass, self.dp_rank)
         if self._made[0] != current:
             self._made = current, {}
         made = self._made[1]
