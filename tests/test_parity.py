@@ -175,6 +175,33 @@ def schedule_rows() -> list[Row]:
     return rows
 
 
+FAMILY_OPTIONS: dict[str, list[list[str]]] = {
+    "model": [
+        ["model=encoder_tiny"],
+        ["model=encoder_tiny", "train.objective=causal", "model.tie_word_embeddings=false"],
+        ["model=bert_tiny"],
+        ["model=bert_tiny", "train.objective=causal"],
+        ["model=llama_tiny", "model.family=mistral", "model.sliding_window=5", "model.num_key_value_heads=2"],
+        ["model=llama_tiny", "model.family=qwen2", "model.num_key_value_heads=1"],
+        ["model=llama_tiny", "model.family=qwen3", "model.num_key_value_heads=1"],
+        ["model=llama_tiny", "model.family=qwen3", "model.num_key_value_heads=4", "model.tie_word_embeddings=true"],
+    ],
+    "schedule": [["parallel.schedule=1f1b"], ["parallel.schedule=zb_h1"]],
+    "precision": [["train.precision=fp32"], ["train.precision=bf16"]],
+    "checkpointing": OPTIONS["checkpointing"],
+    "sequence": OPTIONS["sequence"][1:],
+}
+FAMILY_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1)]
+
+
+def family_rows() -> list[Row]:
+    """All pairs of families, layouts and what touches the layers that are their own."""
+    return [
+        (layout, overrides_of(layout, choices, 1))
+        for layout, *choices in AllPairs([FAMILY_LAYOUTS, *FAMILY_OPTIONS.values()])
+    ]
+
+
 def is_wrong(overrides: list[str], comparison: dict[str, Any]) -> bool:
     """Outside its tolerance or, with masks of tensor-parallel ranks, not a number: the mark of copies that differ."""
     comparable = not {"model.dropout=0.2", "parallel.tp=2"} <= {*overrides}
@@ -197,10 +224,11 @@ PARTS: dict[str, tuple[Callable[[], list[Row]], ...]] = {
     "pairs": (paired_rows,),
     "others": (plain_rows, fp16_rows, emulated_rows, shared_masks_rows, engine_rows),
     "schedules": (schedule_rows,),
+    "families": (family_rows,),
 }
 PARTS["all"] = PARTS["pairs"] + PARTS["others"]
-ONE_VARIANT = {"schedules": "AdamW"}
-"""What the optimizer makes of gradients does not depend on the order in which they came to be."""
+ONE_VARIANT = {"schedules": "AdamW", "families": "AdamW"}
+"""What the optimizer makes of gradients does not depend on the order in which they came to be, or of which layers."""
 
 
 @pytest.mark.parametrize(
@@ -212,6 +240,7 @@ ONE_VARIANT = {"schedules": "AdamW"}
         pytest.param(4, "all", id="4", marks=pytest.mark.slow),
         pytest.param(8, "all", id="8", marks=pytest.mark.slow),
         *(pytest.param(n, "schedules", id=f"{n} schedules", marks=pytest.mark.slow) for n in (2, 4, 8)),
+        *(pytest.param(n, "families", id=f"{n} families", marks=pytest.mark.slow) for n in (1, 2, 4)),
     ],
 )
 def test_parity(world_size: int, part: str, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from harness.record.heartbeat import Phase, no_phase
 from harness.run.data import MicroBatch, micro_batches
 from harness.run.engines.engine import Before, Engine, build_engine
 from harness.run.engines.torch.engine import TorchEngine
+from harness.spec.architecture import UP
 from harness.spec.config import Model, RunConfig
 from harness.spec.parameters import parameter_table
 from harness.spec.schedules import Instruction
@@ -136,12 +137,17 @@ class MaskedSamples:
 
 
 def random_weights(model: Model, seed: int) -> Tensors:
-    """Full weights in float32, random in every parameter: fresh biases of zero would hide wrong slices."""
+    """Full weights in float32, random in every parameter: fresh biases of zero would hide wrong slices.
+
+    Before a ReLU, biases of either sign are many deviations large: at its kink rounding would decide what is on.
+    """
     weights = {}
     for name, spec in parameter_table(model).items():
         generator = torch.Generator().manual_seed(stream_seed(seed, name, "parity"))
         noise = torch.randn(spec.shape, generator=generator)
         weights[name] = {"ones": 1 + 0.1 * noise, "zeros": 0.1 * noise}.get(spec.init, 0.05 * noise)
+        if model.architecture.activation == "relu" and name.endswith(f"{UP}.bias"):
+            weights[name] += 2 * noise.sign()
     return weights
 
 
