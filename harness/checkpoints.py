@@ -4,6 +4,7 @@
         meta.json           written last: `Meta`; without it a directory is no checkpoint
         .metadata           of torch.distributed.checkpoint: which file holds which part of which tensor
         __0_0.distcp ...    tensors, a file of each rank that wrote any
+        transformers/       of weights that came from a `save_pretrained` folder: its other files, as they were
 
 A checkpoint is written under a hidden name and gets its own when everything is on disk, so that a killed write
 never leaves what could be taken for one. Any path that holds checkpoints stands for the newest of them.
@@ -30,7 +31,7 @@ META = "meta.json"
 FORMAT = 1
 
 # What differs between trainings of one and the same model.
-NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn"})
+NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn", "weights"})
 
 
 class FileRecord(BaseModel):
@@ -47,6 +48,9 @@ class SavedConfig(BaseModel):
 
     model: dict[str, Any]
     train: dict[str, Any]
+    """Empty where no training wrote it: weights that were imported."""
+    began_from: str | None = None
+    """Hash of the content that `model.weights` named."""
 
 
 class Meta(BaseModel):
@@ -64,7 +68,7 @@ class Meta(BaseModel):
     loss_scale: dict[str, float]
     """State of fp16's loss scaling; empty for other precisions."""
     files: dict[str, FileRecord]
-    """By name, all but meta.json."""
+    """By path, all but meta.json."""
     config: SavedConfig
 
 
@@ -78,11 +82,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(meta.parent for meta in folder.glob(f"step-*/{META}"))
 
 
-def find_checkpoint(path: str) -> Path:
+def find_checkpoint(path: str, key: str = "train.resume") -> Path:
     """The checkpoint that `train.resume=path` means: the directory itself, or the newest below a run's.
 
     Args:
         path: of a checkpoint, of a folder of them, of an attempt or of a point.
+        key: what was given the path.
 
     Raises:
         ConfigError: there is none.
@@ -95,7 +100,7 @@ def find_checkpoint(path: str) -> Path:
     if not found:
         problem = "holds no complete checkpoint" if place.exists() else "does not exist"
         raise ConfigError(
-            f"train.resume={path!r} {problem}; give a directory {FOLDER}/step-NNNNNNNN of an earlier run, or the run's "
+            f"{key}={path!r} {problem}; give a directory {FOLDER}/step-NNNNNNNN of an earlier run, or the run's "
             "own (runs write them with train.checkpoint_interval)"
         )
     return max(found, key=lambda checkpoint: (checkpoint.name, checkpoint.stat().st_mtime_ns)).resolve()
@@ -112,9 +117,7 @@ def read_meta(checkpoint: Path) -> Meta:
         return Meta.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise ConfigError(
-            f"{file} is damaged or not of format {FORMAT} ({problem}); set train.resume to another checkpoint"
-        ) from None
+        raise ConfigError(f"{file} is damaged or not of format {FORMAT} ({problem}); use another checkpoint") from None
 
 
 def fingerprint(checkpoint: str) -> str:
@@ -122,18 +125,35 @@ def fingerprint(checkpoint: str) -> str:
     return hashlib.sha256((Path(checkpoint) / META).read_bytes()).hexdigest()
 
 
-def check_resume(path: str, model: Mapping[str, Any], train: Mapping[str, Any], came_later: Mapping[str, Any]) -> None:
+def check_resume(
+    path: str,
+    model: Mapping[str, Any],
+    train: Mapping[str, Any],
+    came_later: Mapping[str, Any],
+    began_from: str | None = None,
+) -> None:
     """Refuse a checkpoint that is damaged, of another model, or leaves nothing to train.
 
     Args:
         model, train: sections of the configuration that resumes.
         came_later: keys of the model, and the values they have in checkpoints from before they came.
+        began_from: hash of what `model.weights` names beside it, if anything.
 
     Raises:
         ConfigError: with what is wrong and what to change.
     """
     checkpoint = Path(path)
     meta = read_meta(checkpoint)
+    if not meta.config.train:
+        raise ConfigError(
+            f"train.resume={path!r} holds weights only, no training to go on with; use model.weights={path} to begin "
+            "one from them"
+        )
+    if began_from is not None and began_from != meta.config.began_from:
+        raise ConfigError(
+            f"train.resume={path!r} is a checkpoint of a training that began from other weights than model.weights; "
+            "leave model.weights out, or give those it began from"
+        )
     saved_model, saved_optimizer = {**came_later, **meta.config.model}, meta.config.train.get("optimizer")
     for key in sorted(model.keys() & saved_model.keys() - NOT_THE_MODEL):
         if model[key] != saved_model[key]:
@@ -171,13 +191,13 @@ def verify_files(checkpoint: Path, meta: Meta) -> None:
             raise _damaged(f"{file} has {num_bytes:,} bytes instead of {record.num_bytes:,}")
     files = [checkpoint / name for name in meta.files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file, found in zip(files, pool.map(checksum, files), strict=True):
-            if found != meta.files[file.name].crc32:
+        for file, record, found in zip(files, meta.files.values(), pool.map(checksum, files), strict=True):
+            if found != record.crc32:
                 raise _damaged(f"the content of {file} has changed since it was written")
 
 
 def _damaged(problem: str) -> ConfigError:
-    return ConfigError(f"the checkpoint is damaged: {problem}; set train.resume to an earlier one")
+    return ConfigError(f"the checkpoint is damaged: {problem}; use an earlier one")
 
 
 def checksum(file: Path) -> int:

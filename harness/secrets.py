@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import ConfigError
 
-PLACES = ("data.path", "data.tokenizer", "model.path", "results_dir", "train.resume")
+PLACES = ("data.path", "data.tokenizer", "model.path", "model.weights", "results_dir", "train.resume")
 """Keys that hold paths."""
 OVERRIDES = "sweep.points"
 """Overrides of points, whose values are settled when each is composed."""

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from omegaconf.resolvers import oc
 from harness.errors import ConfigError
 from harness.secrets import refuse_typed_out, settle
 from harness.spec.config import REPOSITORY
+from harness.spec.initial_weights import NOT_THE_SHAPE
 from harness.spec.versions import later_keys
 
 CONF = REPOSITORY / "conf"
@@ -44,7 +45,7 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> dict[str, 
     """
     overrides = open_keys(overrides)
     with one_sentence(overrides):
-        return plain(_load(list(overrides), config_name))
+        return refuse_shape(overrides, plain(_load(list(overrides), config_name)))
 
 
 class Composer:
@@ -59,7 +60,9 @@ class Composer:
 
     def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         """As the function of the same name."""
-        overrides = open_keys(overrides)
+        return refuse_shape(overrides, self._compose(open_keys(overrides)))
+
+    def _compose(self, overrides: Sequence[str]) -> dict[str, Any]:
         with one_sentence(overrides, self._load):
             parsed = [_parse(override) for override in overrides]
             choices = [override for override in parsed if not _is_value(override)]
@@ -139,6 +142,24 @@ def plain(config: DictConfig) -> dict[str, Any]:
     """
     with environment_as_text():
         return settle(cast("dict[str, Any]", OmegaConf.to_container(_without_hydra(config), resolve=True)))
+
+
+def refuse_shape(overrides: Iterable[str], raw: dict[str, Any]) -> dict[str, Any]:
+    """What `overrides` composed, unless one sets the shape of a model whose weights bring their own.
+
+    Raises:
+        ConfigError: it names the override.
+    """
+    model = raw.get("model")
+    weights = model.get("weights") if isinstance(model, dict) else None
+    for override in overrides if weights is not None else ():
+        section, _, key = override.lstrip("+~").partition("=")[0].partition(".")
+        if section == "model" and key and key not in NOT_THE_SHAPE:
+            raise ConfigError(
+                f"{override} can't be set beside model.weights={weights!r}, which brings the shape of its model; leave "
+                f"model.{key} out"
+            )
+    return raw
 
 
 @contextmanager

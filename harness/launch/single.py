@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from harness.errors import ConfigError
-from harness.launch.compose import compose, plain, run_hydra
+from harness.launch.compose import compose, plain, refuse_shape, run_hydra
 from harness.launch.points import check_configuration, data_identity, new_attempt
 from harness.machine import Machine, detect_machine
 from harness.record.store import Attempt, SweepDirectory
@@ -62,4 +62,4 @@ def compose_command_line(argv: Sequence[str]) -> dict[str, Any] | None:
         return compose(argv)
     composed: list[DictConfig] = []
     run_hydra(argv, "config", composed.append)
-    return plain(composed[0]) if composed else None
+    return refuse_shape(argv, plain(composed[0])) if composed else None

@@ -12,6 +12,7 @@ from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
 from harness.spec.families import FAMILIES
+from harness.spec.initial_weights import check_weights, weights_fingerprint
 from harness.spec.precision import PRECISIONS
 from harness.spec.schedules import SCHEDULES, check_file, check_sizes, kind_of
 from harness.spec.versions import later_in
@@ -38,8 +39,13 @@ def check(config: RunConfig, machine: Machine) -> None:
         )
     check_deepspeed_settings(config.deepspeed)
     check_sweep_name(config.sweep.name)
+    weights = config.model.weights
+    if weights is not None:
+        check_weights(config.model)
     if config.train.resume is not None:
-        check_resume(config.train.resume, config.model.model_dump(), config.train.model_dump(), later_in(config.model))
+        began_from = None if weights is None else weights_fingerprint(weights)
+        model, train = config.model.model_dump(), config.train.model_dump()
+        check_resume(config.train.resume, model, train, later_in(config.model), began_from)
 
 
 def _check_model(config: RunConfig) -> None:

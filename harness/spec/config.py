@@ -116,7 +116,8 @@ class Model(Section):
     type_vocab_size: NonNegativeInt = 0
     """Kinds of tokens with an embedding each, added to that of the token; every token is of the first. 0: none."""
     weights: str | None = None
-    """Checkpoint or `save_pretrained` folder to begin from; it brings its shape. null: fresh weights."""
+    """Checkpoint or `save_pretrained` folder to begin from, whose shape takes the place of the chosen one; a run's
+    directory stands for its newest checkpoint. null: fresh weights."""
 
     @property
     def architecture(self) -> Architecture:

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.checkpoints import fingerprint
 from harness.spec.config import RunConfig
+from harness.spec.initial_weights import weights_fingerprint
 
 NOT_COMPUTED = ("data", "cluster", "tracking", "launch", "sweep", "comm_bench", "results_dir")
 """Sections and keys that say where, how and for whom; of data its content counts, of launch the threads."""
@@ -35,4 +36,6 @@ def identity(config: RunConfig, data_fingerprint: str) -> str:
         content["parallel"].pop("schedule")
     if config.train.resume is not None:  # a moved checkpoint stays the same, too
         content["train"]["resume"] = fingerprint(config.train.resume)
+    if config.model.weights is not None:  # likewise
+        content["model"]["weights"] = weights_fingerprint(config.model.weights)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

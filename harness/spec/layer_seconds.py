@@ -62,7 +62,7 @@ def probed_config(config: RunConfig) -> RunConfig:
         "pp": 1, "dp": 1, "schedule": "1f1b", "num_chunks": 1, "schedule_memory": None, "schedule_passes": None,
         "schedule_seconds": None, "partition": "uniform", "zero_stage": 0,
     }  # fmt: skip
-    model = config.model.model_copy(update={"num_hidden_layers": 1})
+    model = config.model.model_copy(update={"num_hidden_layers": 1, "weights": None})
     if hasattr(model, "stage_factors"):
         model = model.model_copy(update={"stage_factors": None})
     step = {"global_batch_size": train.micro_batch_size, "resume": None, "checkpoint_interval": 0, "eval_interval": 0}

@@ -18,6 +18,7 @@ from harness.machine import Machine
 from harness.spec.checks import check
 from harness.spec.config import REPOSITORY, RunConfig
 from harness.spec.families import FAMILIES
+from harness.spec.initial_weights import with_shape
 from harness.spec.layer_seconds import MEASURED, NotMeasured, layer_seconds_file, read_layer_seconds
 from harness.spec.partition import balance, layers_per_part
 from harness.spec.schedule_files import read_schedule
@@ -42,7 +43,7 @@ def load_config(raw: Mapping[str, Any], machine: Machine) -> RunConfig:
     for name, field in RunConfig.model_fields.items():
         if name != "results_dir" and field.is_required() and not isinstance(raw.get(name), dict):
             raise ConfigError(f"{name}={raw.get(name)!r} is not a section; give it keys, such as {name}.KEY=VALUE")
-    raw["model"] = resolve_model(raw["model"])
+    raw["model"] = resolve_model(with_shape(raw["model"]))
     _resolve_objective(raw["model"], raw["train"])
     if raw.get("results_dir") is None:
         raw["results_dir"] = str(REPOSITORY / "results")

@@ -25,6 +25,7 @@ def twin_of(config: RunConfig) -> RunConfig:
     sequence divide by tp, and dropout where tp is 1. Beyond, it is switched off: where tensor-parallel ranks hold
     different values they draw different masks, so it is the same in every layout on average only.
     (`harness.run.tasks.verify` switches it off on GPUs as well.)
+    Weights are random also where the model begins from others (`model.weights`), which are of its real size.
     """
     partition = _twin_partition(config)
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
@@ -88,6 +89,7 @@ def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
             "vocab_size": _like(model.vocab_size, VOCAB_SIZE, tp),
             "sliding_window": _twin_window(model, config.train.sequence_length),
             "dropout": model.dropout if tp == 1 else 0.0,
+            "weights": None,
         }
     )
 
