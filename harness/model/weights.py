@@ -65,27 +65,56 @@ def draw(spec: ParameterSpec, seed: int, model: Model) -> Tensor:
     return torch.empty(spec.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
 
 
+def fill(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    table: Mapping[str, ParameterSpec],
+    write: Callable[[ParameterSpec, nn.Parameter], object],
+) -> None:
+    """Fill this rank's parameters, given with their global names, one after the other.
+
+    Also marks what is sharded with `tensor_model_parallel`, by which DeepSpeed's norms know that
+    other ranks hold different values; anything else is counted on one rank.
+
+    Args:
+        write: puts this rank's slice of a parameter into it.
+    """
+    with torch.no_grad():
+        for name, parameter in parameters:
+            write(table[name], parameter)
+            setattr(parameter, "tensor_model_parallel", table[name].shard_dim is not None)  # noqa: B010
+
+
 def load_full(
     parameters: Iterable[tuple[str, nn.Parameter]],
     table: Mapping[str, ParameterSpec],
     lookup: Callable[[str], Tensor],
     tp: TensorParallel,
 ) -> None:
-    """Fill this rank's parameters, given with their global names, from full ones.
-
-    Also marks what is sharded with `tensor_model_parallel`, by which DeepSpeed's norms know that
-    other ranks hold different values; anything else is counted on one rank.
+    """As `fill`, from full parameters.
 
     Args:
         lookup: full parameter by global name, asked once for each parameter this rank holds.
     """
-    with torch.no_grad():
-        for name, parameter in parameters:
-            spec = table[name]
-            local = shard(lookup(name), spec, tp.rank, tp.size)
-            assert local.shape == parameter.shape, f"{name}: {local.shape} does not fit {parameter.shape}"
-            parameter.copy_(local)
-            setattr(parameter, "tensor_model_parallel", spec.shard_dim is not None)  # noqa: B010
+    load_slices(parameters, table, lambda spec: shard(lookup(spec.name), spec, tp.rank, tp.size))
+
+
+def load_slices(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    table: Mapping[str, ParameterSpec],
+    read: Callable[[ParameterSpec], Tensor],
+) -> None:
+    """As `fill`, from this rank's slices.
+
+    Args:
+        read: the slice of a parameter, asked once for each that this rank holds.
+    """
+
+    def write(spec: ParameterSpec, parameter: nn.Parameter) -> None:
+        local = read(spec)
+        assert local.shape == parameter.shape, f"{spec.name}: {local.shape} does not fit {parameter.shape}"
+        parameter.copy_(local)
+
+    fill(parameters, table, write)
 
 
 def initialize(parameters: Iterable[tuple[str, nn.Parameter]], model: Model, tp: TensorParallel, seed: int) -> None:

@@ -12,6 +12,7 @@ a row), which is what `DTensor` can't describe and the planners of torch.distrib
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ from harness.errors import ConfigError
 from harness.model.groups import TensorParallel
 from harness.record.store import write_json
 from harness.run.engines.engine import Engine, Progress
-from harness.spec.config import RunConfig, Train
+from harness.spec.config import Model, RunConfig, Train
 from harness.spec.parameters import ParameterSpec, parameter_table
 
 
@@ -168,8 +169,15 @@ def state_boxes(engine: Engine, config: RunConfig, tied_copies: bool) -> Iterato
 
 def tensor_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint has."""
-    parts = [part for spec in parameter_table(config.model).values() for part in parts_of(spec, 0, 1)]
-    return {f"{kind}/{part.name}": part.shape for kind in state_kinds(config.train) for part in parts}
+    weights = weight_shapes(config.model)
+    kinds = state_kinds(config.train)
+    return {f"{kind}/{name.removeprefix('weight/')}": shape for kind in kinds for name, shape in weights.items()}
+
+
+def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every tensor of weights that a checkpoint has."""
+    parts = [part for spec in parameter_table(model).values() for part in parts_of(spec, 0, 1)]
+    return {f"weight/{part.name}": part.shape for part in parts}
 
 
 def save_checkpoint(
@@ -269,7 +277,48 @@ def load_checkpoint(checkpoint: Path, engine: Engine, config: RunConfig, group: 
     return meta.step
 
 
-def check_tensors(checkpoint: Path, metadata: Metadata, expected: dict[str, tuple[int, ...]]) -> None:
+class WeightReader:
+    """Weights of a checkpoint, as this process asks for them.
+
+    Raises:
+        ConfigError: it is not a checkpoint of the model.
+    """
+
+    def __init__(self, checkpoint: Path, model: Model) -> None:
+        self._checkpoint, self._reader = checkpoint, FileSystemReader(checkpoint)
+        self.metadata = self._reader.read_metadata()
+        check_tensors(checkpoint, _only_weights(self.metadata), weight_shapes(model), "model.weights")
+        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+
+    def read(self, boxes: Iterable[Box]) -> None:
+        """Fill the memory of boxes, whose names are those of parameters and their parts.
+
+        Raises:
+            ConfigError: the checkpoint can't be read.
+        """
+        planner = BoxLoadPlanner(replace(box, name=f"weight/{box.name}") for box in boxes)
+        planner.set_up_planner({}, self.metadata, is_coordinator=True)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except (OSError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError) as failure:
+            raise ConfigError(f"{self._checkpoint} can't be read: {failure}; use another checkpoint") from failure
+
+    def read_slice(self, spec: ParameterSpec, parameter: Tensor, tp: TensorParallel) -> None:
+        """Fill this rank's slice of a parameter where it lies."""
+        if spec.padded:
+            parameter.zero_()
+        self.read(boxes_of(spec, tp, 0, parameter.detach().view(-1)))
+
+
+def _only_weights(metadata: Metadata) -> Metadata:
+    """Without the state of an optimizer."""
+    tensors = {name: saved for name, saved in metadata.state_dict_metadata.items() if name.startswith("weight/")}
+    return replace(metadata, state_dict_metadata=tensors)
+
+
+def check_tensors(
+    checkpoint: Path, metadata: Metadata, expected: dict[str, tuple[int, ...]], key: str = "train.resume"
+) -> None:
     """Refuse a checkpoint with other tensors than the model's.
 
     Raises:
@@ -280,7 +329,7 @@ def check_tensors(checkpoint: Path, metadata: Metadata, expected: dict[str, tupl
     if different:
         name = different[0]
         raise ConfigError(
-            f"train.resume={str(checkpoint)!r} does not fit the model: {len(different)} tensors differ, the first is "
+            f"{key}={str(checkpoint)!r} does not fit the model: {len(different)} tensors differ, the first is "
             f"{name} with shape {found.get(name, 'none')} instead of {expected.get(name, 'none')}"
         )
 

@@ -57,14 +57,15 @@ def is_checkpoint(place: Path) -> bool:
 
 
 def shape_of(place: Path) -> dict[str, Any]:
-    """`model` section of the model whose weights these are, without how it is trained.
+    """`model` section of the model whose weights these are, without how it was trained.
 
     Raises:
         ConfigError: it can't be told, or is not implemented.
     """
     if not is_checkpoint(place):
         return read_shape(place / CONFIG)[0]
-    return {key: value for key, value in read_meta(place).config.model.items() if key not in NOT_THE_SHAPE}
+    left = NOT_THE_SHAPE - {"initializer_range"}
+    return {key: value for key, value in read_meta(place).config.model.items() if key not in left}
 
 
 def check_weights(model: Model) -> None:

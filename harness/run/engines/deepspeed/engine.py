@@ -26,7 +26,6 @@ from harness.model.groups import TensorParallel, build_tensor_parallel
 from harness.model.loss import PipelineLoss
 from harness.model.precision import dtype_of
 from harness.model.weight_gradients import WeightGradients
-from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.compilation import Compilation, compile_blocks
 from harness.run.data import MicroBatch
@@ -38,9 +37,9 @@ from harness.run.engines.deepspeed.transfers import Channels
 from harness.run.engines.engine import Before, ForwardPasses, Held, Progress, filling
 from harness.run.optimizer import build_learning_rate, build_optimizer
 from harness.run.shared_memory import describe_transports, share_memory
+from harness.run.weights import fill_parameters
 from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
-from harness.spec.parameters import parameter_table
 from harness.spec.partition import layers_per_part
 from harness.spec.schedules import schedule_of
 from harness.spec.topology import Topology
@@ -75,10 +74,7 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
             )
         if isinstance(config.model, EmulatedModel):
             set_stage(module, config.model, topology.coordinate(rank).pp)
-        if weights is None:
-            initialize(filling(module.global_parameters(), phase), config.model, tp, config.train.seed)
-        else:
-            load_full(filling(module.global_parameters(), phase), parameter_table(config.model), weights, tp)
+        fill_parameters(filling(module.global_parameters(), phase), config, tp, weights)
         phase("building the engine")
         optimizer = build_optimizer(config.train, module.parameters())
         shape, dtype = config.hidden_shape, dtype_of(config.train.precision)

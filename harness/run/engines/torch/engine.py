@@ -26,15 +26,14 @@ from harness.model.context import PassContext
 from harness.model.emulated import set_stage
 from harness.model.groups import TensorParallel
 from harness.model.loss import IGNORE_INDEX
-from harness.model.weights import initialize, load_full
 from harness.record.heartbeat import Phase
 from harness.run.compilation import Compilation, compile_blocks
 from harness.run.data import MicroBatch
 from harness.run.engines.engine import Held, Observers, Progress, filling
 from harness.run.optimizer import build_optimizer, learning_rate_factor
 from harness.run.shared_memory import transport_of
+from harness.run.weights import fill_parameters
 from harness.spec.config import EmulatedModel, RunConfig
-from harness.spec.parameters import parameter_table
 from harness.spec.placement import Placement
 from harness.spec.schedules import Instruction, build_schedule, evaluation
 from harness.spec.topology import Topology
@@ -96,11 +95,7 @@ class TorchEngine:
         phase("building the model")
         self.context = PassContext(config.train.seed)
         self.model = self._build_model()
-        named = filling(self.parameters(), phase)
-        if weights is None:
-            initialize(named, config.model, self.tp, config.train.seed)
-        else:
-            load_full(named, parameter_table(config.model), weights, self.tp)
+        fill_parameters(filling(self.parameters(), phase), config, self.tp, weights)
         phase("building the engine")
         self.optimizer = self._build_optimizer()
         self._norm: Tensor | None = None
