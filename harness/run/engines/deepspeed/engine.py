@@ -40,6 +40,7 @@ from harness.run.shared_memory import describe_transports, share_memory
 from harness.run.weights import fill_parameters
 from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
+from harness.spec.parameters import parameter_table
 from harness.spec.partition import layers_per_part
 from harness.spec.schedules import schedule_of
 from harness.spec.topology import Topology
