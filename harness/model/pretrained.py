@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from harness.spec.parameters import ParameterSpec
-from harness.spec.pretrained import Pretrained
+from harness.spec.pretrained import Pretrained, StoredTensor
 
 
 def read_part(pretrained: Pretrained, spec: ParameterSpec, index: int, start: int, stop: int) -> Tensor:
@@ -22,15 +22,21 @@ def read_part(pretrained: Pretrained, spec: ParameterSpec, index: int, start: in
     """
     stored, transposed = pretrained.parts_of(spec.name)
     tensor = stored[index] if len(stored) > 1 else stored[0]
+    if spec.shard_dim is None:
+        return read_tensor(tensor)
+    before = 0 if len(stored) > 1 else sum(size for _, size in spec.parts[:index])
+    wanted = slice(before + start, before + stop)
+    is_column = (spec.shard_dim == 1) != transposed
     with safe_open(tensor.file, framework="pt") as file:
-        if spec.shard_dim is None:
-            read: Tensor = file.get_tensor(tensor.name)
-        else:
-            before = 0 if len(stored) > 1 else sum(size for _, size in spec.parts[:index])
-            wanted = slice(before + start, before + stop)
-            is_column = (spec.shard_dim == 1) != transposed
-            read = file.get_slice(tensor.name)[(slice(None), wanted) if is_column else wanted]
+        read: Tensor = file.get_slice(tensor.name)[(slice(None), wanted) if is_column else wanted]
     return read.t() if transposed else read
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """A whole tensor of a file."""
+    with safe_open(stored.file, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(stored.name)
+    return tensor
 
 
 def read_slice(pretrained: Pretrained, spec: ParameterSpec, tp_rank: int, tp_size: int) -> Tensor:

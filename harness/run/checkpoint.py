@@ -1,8 +1,9 @@
 """Checkpoints in one format for every layout, with torch.distributed.checkpoint.
 
 What is kept are tensors of the whole model under global names, whatever the layout: `weight/NAME` as the
-optimizer holds it (fp32), `exp_avg/NAME` and `exp_avg_sq/NAME`. What the layers fuse is kept as its parts, a tied
-weight once, the padding of the vocabulary not at all. Any layout reads what it holds.
+optimizer holds it (fp32; imported weights have the type of their file), `exp_avg/NAME` and `exp_avg_sq/NAME`. What the
+layers fuse is kept as its parts, a tied weight once, the padding of the vocabulary not at all. Any layout reads what it
+holds.
 
 A rank writes what lies in the memory of its optimizer and asks no other rank for anything. Under ZeRO that is any
 range of the flattened slice of a parameter: up to three rectangles (the end of a row, whole rows, the beginning of
@@ -11,7 +12,6 @@ a row), which is what `DTensor` can't describe and the planners of torch.distrib
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator
@@ -59,8 +59,10 @@ from harness.checkpoints import (
 from harness.errors import ConfigError
 from harness.model.groups import TensorParallel
 from harness.record.store import write_json
+from harness.run.carried import carry_along, sync
 from harness.run.engines.engine import Engine, Progress
 from harness.spec.config import Model, RunConfig, Train
+from harness.spec.initial_weights import weights_fingerprint
 from harness.spec.parameters import ParameterSpec, parameter_table
 
 
@@ -204,10 +206,11 @@ def save_checkpoint(
         save({}, storage_writer=Writer(unfinished), planner=planner, process_group=group)
         files = _own_files(unfinished, group)
         if first:
+            files |= carry_along(config, unfinished)
             write_json(unfinished / META, _meta(engine.progress()._replace(step=step), config, files).model_dump())
-            _sync(unfinished)
+            sync(unfinished)
             unfinished.rename(target)
-            _sync(folder)
+            sync(folder)
             for outdated in complete_checkpoints(folder)[: -config.train.keep_checkpoints]:
                 shutil.rmtree(outdated.rename(folder / f".{outdated.name}"))
     except (CheckpointException, OSError) as failure:
@@ -231,15 +234,15 @@ def _own_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, Fi
 
 
 def _meta(progress: Progress, config: RunConfig, files: dict[str, FileRecord]) -> Meta:
-    saved = SavedConfig(**config.model_dump(mode="json"))
+    saved = SavedConfig(**config.model_dump(mode="json"), began_from=_began_from(config))
     return Meta(format=FORMAT, files=files, config=saved, **progress._asdict())
 
 
-def _sync(directory: Path) -> None:
-    """Names in a directory reach the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _began_from(config: RunConfig) -> str | None:
+    """Hash of the weights that a training began from, before it was resumed however often; None for fresh ones."""
+    if config.model.weights is not None:
+        return weights_fingerprint(config.model.weights)
+    return read_meta(Path(config.train.resume)).config.began_from if config.train.resume is not None else None
 
 
 def _write_error(target: Path, failure: BaseException) -> OSError:
@@ -280,14 +283,17 @@ def load_checkpoint(checkpoint: Path, engine: Engine, config: RunConfig, group: 
 class WeightReader:
     """Weights of a checkpoint, as this process asks for them.
 
+    Args:
+        key: what was given its path.
+
     Raises:
         ConfigError: it is not a checkpoint of the model.
     """
 
-    def __init__(self, checkpoint: Path, model: Model) -> None:
+    def __init__(self, checkpoint: Path, model: Model, key: str = "model.weights") -> None:
         self._checkpoint, self._reader = checkpoint, FileSystemReader(checkpoint)
         self.metadata = self._reader.read_metadata()
-        check_tensors(checkpoint, _only_weights(self.metadata), weight_shapes(model), "model.weights")
+        check_tensors(checkpoint, _only_weights(self.metadata), weight_shapes(model), key)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def read(self, boxes: Iterable[Box]) -> None:

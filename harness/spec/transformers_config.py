@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.errors import ConfigError
 from harness.spec.architecture import TransformersFormat
-from harness.spec.config import RopeScaling
+from harness.spec.config import Model, RopeScaling
 from harness.spec.families import FAMILIES
 
 # Settings that say nothing about the computation of a training step.
@@ -168,3 +168,27 @@ def _refuse_unimplemented(
                 )
         elif key not in known and value is not None:
             raise ConfigError(f"{file}: setting {key}={value!r} is not known to Shardwright, so it can't be honoured")
+
+
+def written_config(model: Model, dtype: str) -> dict[str, Any]:
+    """Content of a config.json for a model, as `transformers` 5 writes it.
+
+    Args:
+        dtype: of the weights, by the name that torch has for it.
+    """
+    written = model.architecture.transformers
+    assert written is not None
+    settings = {theirs: getattr(model, ours) for ours, theirs in written.keys.items()}
+    if (theta := settings.pop("rope_theta", None)) is not None:
+        scaling = model.rope_scaling
+        kind = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
+        settings["rope_parameters"] = {"rope_theta": theta, **kind}
+    return {
+        "architectures": [written.class_name],
+        "model_type": model.family,
+        "dtype": dtype,
+        **settings,
+        **written.fixed,
+        **dict.fromkeys(written.dropout, model.dropout),
+        **dict.fromkeys(written.switches, False),
+    }
