@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,9 +121,10 @@ def import_weights(source: Path, target: Path) -> Converted:
     pretrained = open_pretrained(source, model)
     _check_copies(pretrained)
     with _whole(target) as unfinished:
-        planner = _PretrainedPlanner(pretrained)
+        writer = Writer(unfinished, single_file_per_rank=False)  # which keeps all tensors of a file until it is closed
         try:
-            save({}, storage_writer=Writer(unfinished), planner=planner, no_dist=True)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
+                save({}, storage_writer=writer, planner=_PretrainedPlanner(pretrained), no_dist=True)
         except CheckpointException as failure:
             raise next(iter(failure.failures.values()))[0] from failure
         files = {
