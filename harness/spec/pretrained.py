@@ -151,6 +151,8 @@ def read_header(file: Path) -> StoredFile:
             header: dict[str, Any] = json.loads(content.read(length))
             metadata = header.pop("__metadata__", {})
             tensors = [_stored(name, file, entry, 8 + length) for name, entry in header.items()]
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{file} can't be read ({error.strerror}); make it readable") from None
     except (ValueError, LookupError, TypeError, AttributeError):
