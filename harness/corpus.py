@@ -1,11 +1,12 @@
-"""Tokens of the training text, prepared once by the parent process, and which of them a sample holds.
+"""Tokens of the training text, prepared once by the parent process, and the draws that choose from them.
 
 Text is tokenized into a cache that ranks map into memory: `$XDG_CACHE_HOME/shardwright/tokens/KEY.npy`, with
-`KEY.json` beside it. KEY is a hash of the text and the tokenizer, so a moved file finds its tokens, a changed
-one is tokenized again, and an entry whose tokens don't match their recorded hash is made anew.
+`KEY.json` and where its documents begin, `KEY.documents.npy`, beside it. KEY is a hash of the text and the tokenizer,
+so a moved file finds its tokens, a changed one is tokenized again, and an entry whose tokens don't match their recorded
+hash is made anew.
 
-A sample is a pure function of (seed, step, number in the global batch): no layout, micro-batch size or number
-of ranks changes what is trained on.
+A draw is a pure function of (seed, step, number in the global batch): no layout, micro-batch size or number of ranks
+changes what is trained on. `harness.run.data` makes samples of them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,14 @@ class Corpus:
     """Hash of the tokens, whatever file they came from."""
     description: str
     """Source, hash of the text and tokenizer."""
+    documents: Path | None = None
+    """File for `load_tokens`: where each document begins in the token file, and where the last one ends."""
+    num_ids: int = 0
+    """Tokens are below this number."""
+    mask_token: int | None = None
+    """What stands for a token that is masked."""
+    special_tokens: tuple[int, ...] = ()
+    """Those of no text, which are never masked."""
 
     def ranges(self, sequence_length: int) -> tuple[range, range]:
         """Positions of the training tokens, and of the held-out ones at the end.
@@ -62,27 +71,106 @@ class Corpus:
         return range(boundary), range(boundary, self.num_tokens)
 
 
-def prepare_corpus(data: Data, vocab_size: int, sequence_length: int) -> Corpus:
+def prepare_corpus(data: Data, vocab_size: int, sequence_length: int, objective: str = "causal") -> Corpus:
     """Tokens of `data`, from the cache when it has them.
 
     Raises:
-        ConfigError: no such text or tokenizer, too small a vocabulary, too short a text, no room for the cache.
+        ConfigError: no such text or tokenizer, too small a vocabulary, too short a text or too long a document, no
+            token to mask others with, no room for the cache.
     """
     if data.kind == "synthetic":
-        digest = hashlib.sha256(f"synthetic {vocab_size}".encode()).hexdigest()
-        return Corpus(None, 0, "int64", digest, f"random tokens below {vocab_size}")
+        corpus = _random_tokens(vocab_size, objective)
+        return replace(corpus, fingerprint=_fingerprint(corpus, data.documents, objective))
     text = _hub_text(data) if data.kind == "hub" else _local_text(data.path)
     content = hashlib.sha256()
     for document in text.documents():
         content.update(f"{len(document)} {document}".encode())
     path, entry = _tokenize_once(text, content.hexdigest(), data.tokenizer, vocab_size)
-    if entry["num_tokens"] <= sequence_length:
+    description = f"{text.source}, sha256 {content.hexdigest()}, tokenizer {data.tokenizer}"
+    corpus = Corpus(
+        path,
+        entry["num_tokens"],
+        entry["dtype"],
+        entry["sha256"],
+        description,
+        _documents_file(path),
+        entry["num_ids"],
+        entry["mask_token"],
+        tuple(entry["special_tokens"]),
+    )
+    if data.documents == "cut":
+        _check_windows(corpus, text, sequence_length)
+    else:
+        _check_documents(corpus, text, data.documents, sequence_length, tokens_besides(objective))
+    if objective == "masked":
+        _check_mask(corpus, data.tokenizer, vocab_size)
+    return replace(corpus, fingerprint=_fingerprint(corpus, data.documents, objective))
+
+
+def tokens_besides(objective: str) -> int:
+    """Tokens that a document has more than a sample has positions for them: the last one is only predicted."""
+    return 1 if objective == "causal" else 0
+
+
+def _random_tokens(vocab_size: int, objective: str) -> Corpus:
+    digest = hashlib.sha256(f"synthetic {vocab_size}".encode()).hexdigest()
+    if objective != "masked":
+        return Corpus(None, 0, "int64", digest, f"random tokens below {vocab_size}", num_ids=vocab_size)
+    if vocab_size < 2:
         raise ConfigError(
-            f"{text.source} has {entry['num_tokens']} tokens, fewer than the {sequence_length + 1} of one sample at "
+            f"model.vocab_size={vocab_size} has no room for a mask token beside another; use model.vocab_size=2 or more"
+        )
+    last = vocab_size - 1
+    return Corpus(None, 0, "int64", digest, f"random tokens below {last}", num_ids=last, mask_token=last)
+
+
+def _fingerprint(corpus: Corpus, documents: str, objective: str) -> str:
+    """Hash of all that samples depend on; of cut texts of which the next token is predicted, of the tokens alone."""
+    besides = ""
+    if documents != "cut":
+        offsets = "" if corpus.documents is None else hashlib.sha256(load_tokens(corpus.documents).data).hexdigest()
+        besides += f" {documents} {offsets}"
+    if objective == "masked":
+        besides += f" masked {corpus.num_ids} {corpus.mask_token} {corpus.special_tokens}"
+    return hashlib.sha256((corpus.fingerprint + besides).encode()).hexdigest() if besides else corpus.fingerprint
+
+
+def _check_windows(corpus: Corpus, text: _Text, sequence_length: int) -> None:
+    if corpus.num_tokens <= sequence_length:
+        raise ConfigError(
+            f"{text.source} has {corpus.num_tokens} tokens, fewer than the {sequence_length + 1} of one sample at "
             f"train.sequence_length={sequence_length}; give a longer text or shorten train.sequence_length"
         )
-    description = f"{text.source}, sha256 {content.hexdigest()}, tokenizer {data.tokenizer}"
-    return Corpus(path, entry["num_tokens"], entry["dtype"], entry["sha256"], description)
+
+
+def _check_documents(corpus: Corpus, text: _Text, documents: str, sequence_length: int, besides: int) -> None:
+    assert corpus.documents is not None
+    lengths = np.diff(load_tokens(corpus.documents))
+    if not len(lengths) or lengths.max() <= besides:
+        raise ConfigError(
+            f"{text.source} has no document of {besides + 1} tokens or more; give another text, or use "
+            "data.documents=cut"
+        )
+    longest = int(lengths.argmax())
+    if lengths[longest] - besides > sequence_length:
+        raise ConfigError(
+            f"{text.name(longest)} has {lengths[longest]} tokens, but with data.documents={documents} a document has "
+            f"{sequence_length + besides} at most at train.sequence_length={sequence_length}; raise that, up to "
+            "model.max_position_embeddings, split the document, or use data.documents=cut"
+        )
+
+
+def _check_mask(corpus: Corpus, tokenizer_name: str, vocab_size: int) -> None:
+    if corpus.mask_token is None:
+        raise ConfigError(
+            f"train.objective=masked needs a tokenizer with a mask token, which that of data.tokenizer="
+            f"{tokenizer_name!r} has not; use another, or `bytes`"
+        )
+    if corpus.mask_token >= vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} has no room for the mask token {corpus.mask_token} of data.tokenizer="
+            f"{tokenizer_name}; use model.vocab_size={corpus.mask_token + 1} or more"
+        )
 
 
 def load_tokens(path: Path) -> npt.NDArray[Any]:
@@ -90,33 +178,19 @@ def load_tokens(path: Path) -> npt.NDArray[Any]:
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
 
 
-def sample(
-    tokens: npt.NDArray[Any] | None, seed: int, step: int, number: int, sequence_length: int, vocab_size: int
-) -> npt.NDArray[np.int64]:
-    """Inputs and, one position later, labels of one sample.
+def sample_start(seed: int, step: int, number: int, num_positions: int) -> int:
+    """Which of `num_positions` places a sample is taken from, uniform over them.
 
     Args:
-        tokens: the part of a token file to draw from; None: random tokens.
         number: of the sample in the global batch.
-
-    Returns:
-        `[sequence_length + 1]`.
     """
-    if tokens is None:
-        return (_draw(seed, step, number, sequence_length + 1) % vocab_size).astype(np.int64)
-    start = sample_start(seed, step, number, len(tokens) - sequence_length)
-    return tokens[start : start + sequence_length + 1].astype(np.int64)
+    return int(draw(1, seed, step, number)[0] % num_positions)
 
 
-def sample_start(seed: int, step: int, number: int, num_positions: int) -> int:
-    """Position of a sample, uniform over `num_positions`."""
-    return int(_draw(seed, step, number, 1)[0] % num_positions)
-
-
-def _draw(seed: int, step: int, number: int, count: int) -> npt.NDArray[np.uint64]:
-    """`[count]` random numbers of 64 bits: a hash, so that no generator's state or version matters."""
-    key = f"{seed},{step},{number}".encode()
-    return np.frombuffer(hashlib.shake_128(key).digest(8 * count), dtype="<u8")
+def draw(count: int, *key: object) -> npt.NDArray[np.uint64]:
+    """`[count]` random numbers of 64 bits: a hash of `key`, so that no generator's state or version matters."""
+    digest = hashlib.shake_128(",".join(map(str, key)).encode()).digest(8 * count)
+    return np.frombuffer(digest, dtype="<u8")
 
 
 class _Text(NamedTuple):
@@ -124,6 +198,8 @@ class _Text(NamedTuple):
 
     source: str
     documents: Callable[[], Iterable[str]]
+    name: Callable[[int], str]
+    """Of a document by its number."""
 
 
 def _local_text(path: str | None) -> _Text:
@@ -131,10 +207,11 @@ def _local_text(path: str | None) -> _Text:
     if path is None:
         from pydoc_data.topics import topics
 
-        documents = [topics[key] for key in sorted(topics)]
-        return _Text(f"pydoc_data.topics of CPython {platform.python_version()}", lambda: documents)
+        names = sorted(topics)
+        source = f"pydoc_data.topics of CPython {platform.python_version()}"
+        return _Text(source, lambda: [topics[key] for key in names], lambda number: f"{names[number]!r} of {source}")
     files = _files(path)
-    return _Text(f"data.path={path!r}", lambda: map(_read_text, files))
+    return _Text(f"data.path={path!r}", lambda: map(_read_text, files), lambda number: str(files[number]))
 
 
 def _files(path: str) -> list[Path]:
@@ -190,7 +267,8 @@ def _hub_text(data: Data) -> _Text:
             f"data.path={data.path!r} with data.hub_split={data.hub_split!r} and data.hub_column={data.hub_column!r} "
             f"can't be loaded ({_first_line(error)}); correct them, or use data.kind=text"
         ) from error
-    return _Text(f"{data.path} ({data.hub_split}, {data.hub_column})", lambda: map(str, column))
+    source = f"{data.path} ({data.hub_split}, {data.hub_column})"
+    return _Text(source, lambda: map(str, column), lambda number: f"row {number} of {source}")
 
 
 class _Tokenizer(NamedTuple):
@@ -198,11 +276,15 @@ class _Tokenizer(NamedTuple):
     separator: list[int]
     """Between two documents."""
     encode: Callable[[str], Any]
+    begin: Sequence[int] = ()
+    """Of each document."""
+    mask_token: int | None = None
+    special_tokens: Sequence[int] = ()
 
 
 def _load_tokenizer(name: str) -> _Tokenizer:
     if name == "bytes":
-        return _Tokenizer(256, list(b"\n\n"), lambda text: np.frombuffer(text.encode(), np.uint8))
+        return _Tokenizer(256, list(b"\n\n"), lambda text: np.frombuffer(text.encode(), np.uint8), mask_token=256)
     try:
         auto_tokenizer = importlib.import_module("transformers").AutoTokenizer  # takes seconds
         tokenizer = auto_tokenizer.from_pretrained(
@@ -218,9 +300,15 @@ def _load_tokenizer(name: str) -> _Tokenizer:
     def encode(text: str) -> Any:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    end = tokenizer.eos_token_id
-    separator = [end] if end is not None else encode("\n\n")
-    return _Tokenizer(max(tokenizer.get_vocab().values()) + 1, separator, encode)
+    ends = [token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None]
+    return _Tokenizer(
+        max(tokenizer.get_vocab().values()) + 1,
+        ends[:1] or encode("\n\n"),
+        encode,
+        [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id],
+        tokenizer.mask_token_id,
+        sorted(set(tokenizer.all_special_ids)),
+    )
 
 
 def _tokenizer_identity(name: str) -> str:
@@ -239,7 +327,7 @@ def _tokenizer_identity(name: str) -> str:
 
 def _tokenize_once(text: _Text, content: str, tokenizer_name: str, vocab_size: int) -> tuple[Path, dict[str, Any]]:
     """The cached tokens of a text and what is recorded about them."""
-    key = hashlib.sha256(f"1 {content} {_tokenizer_identity(tokenizer_name)}".encode()).hexdigest()
+    key = hashlib.sha256(f"2 {content} {_tokenizer_identity(tokenizer_name)}".encode()).hexdigest()
     folder = cache_folder("tokens")
     path = folder / f"{key[:32]}.npy"
     if entry := _cached(path):
@@ -247,12 +335,20 @@ def _tokenize_once(text: _Text, content: str, tokenizer_name: str, vocab_size: i
         return path, entry
     tokenizer = _load_tokenizer(tokenizer_name)
     _check_vocabulary(tokenizer.num_ids, tokenizer_name, vocab_size)
-    tokens = _tokenize(text, tokenizer)
-    digest = hashlib.sha256(tokens.data).hexdigest()
-    entry = {"num_ids": tokenizer.num_ids, "num_tokens": len(tokens), "dtype": str(tokens.dtype), "sha256": digest}
+    tokens, documents = _tokenize(text, tokenizer)
+    entry = {
+        "num_ids": tokenizer.num_ids,
+        "mask_token": tokenizer.mask_token,
+        "special_tokens": list(tokenizer.special_tokens),
+        "num_tokens": len(tokens),
+        "dtype": str(tokens.dtype),
+        "sha256": hashlib.sha256(tokens.data).hexdigest(),
+        "documents_sha256": hashlib.sha256(documents.data).hexdigest(),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, lambda file: np.save(file, tokens))
+        _write(_documents_file(path), lambda file: np.save(file, documents))
         _write(path.with_suffix(".json"), lambda file: file.write(dumps(entry).encode()))
     except OSError as error:
         raise ConfigError(
@@ -275,22 +371,39 @@ def _cached(path: Path) -> dict[str, Any] | None:
     try:
         entry: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
         tokens = load_tokens(path)
+        documents = load_tokens(_documents_file(path))
         shape = (tokens.shape, str(tokens.dtype))
         intact = shape == ((entry["num_tokens"],), entry["dtype"]) and isinstance(entry["num_ids"], int)
-        return entry if intact and hashlib.sha256(tokens.data).hexdigest() == entry["sha256"] else None
+        intact = intact and {"mask_token", "special_tokens"} <= entry.keys() and documents.dtype == np.int64
+        digests = [hashlib.sha256(array.data).hexdigest() for array in (tokens, documents)]
+        return entry if intact and digests == [entry["sha256"], entry["documents_sha256"]] else None
     except (OSError, ValueError, LookupError, TypeError, EOFError):
         return None
 
 
-def _tokenize(text: _Text, tokenizer: _Tokenizer) -> npt.NDArray[Any]:
+def _documents_file(path: Path) -> Path:
+    """Beside a token file."""
+    return path.with_suffix(".documents.npy")
+
+
+def _tokenize(text: _Text, tokenizer: _Tokenizer) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """All tokens, and where each document begins among them and the last one ends; a separator ends a document."""
     dtype = np.uint16 if tokenizer.num_ids <= 1 << 16 else np.uint32
-    parts = [np.empty(0, dtype)]
+    parts, begins, num_tokens = [np.empty(0, dtype)], list[int](), 0
+
+    def add(tokens: Any) -> None:
+        nonlocal num_tokens
+        parts.append(np.asarray(tokens, dtype))
+        num_tokens += len(parts[-1])
+
     for number, document in enumerate(text.documents()):
         if number:
-            parts.append(np.array(tokenizer.separator, dtype))
+            add(tokenizer.separator)
+        begins.append(num_tokens)
+        add(tokenizer.begin)
         for start in range(0, len(document), PIECE_CHARACTERS):
-            parts.append(np.asarray(tokenizer.encode(document[start : start + PIECE_CHARACTERS]), dtype))
-    return np.concatenate(parts)
+            add(tokenizer.encode(document[start : start + PIECE_CHARACTERS]))
+    return np.concatenate(parts), np.array([*begins, num_tokens], np.int64)
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:

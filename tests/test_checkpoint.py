@@ -229,10 +229,11 @@ def test_held_out_samples(tmp_path: Path, num_tokens: int) -> None:
     training, held_out = corpus.ranges(12)
     samples = HeldOutSamples(config, corpus)
     drawn = [samples.sample(0, number) for number in range(5)]
-    assert drawn[0][0] == held_out.start == training.stop
-    assert drawn[-1][-1] == num_tokens - 1
-    assert all((sample == numpy.arange(sample[0], sample[0] + 13)).all() for sample in drawn)
-    assert (samples.sample(0, 5) == IGNORE_INDEX).all()
+    assert drawn[0].inputs[0] == held_out.start == training.stop
+    assert drawn[-1].targets[-1] == num_tokens - 1
+    assert all((row.inputs == numpy.arange(row.inputs[0], row.inputs[0] + 12)).all() for row in drawn)
+    assert all((row.targets == row.inputs + 1).all() for row in drawn)
+    assert (samples.sample(0, 5).targets == IGNORE_INDEX).all()
 
 
 def test_text_with_nothing_to_hold_out_is_refused(tmp_path: Path) -> None:

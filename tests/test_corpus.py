@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import sys
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from harness import corpus as module
-from harness.corpus import Corpus, load_tokens, prepare_corpus, sample, sample_start
+from harness.corpus import Corpus, draw, load_tokens, prepare_corpus, sample_start
 from harness.errors import ConfigError
 from harness.spec.config import Data
 
@@ -180,7 +181,7 @@ def test_second_call_reads_the_cache(story: Path, cache: Path, monkeypatch: pyte
     assert prepare_corpus(data(story), 256, 8) == first
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".json"])
+@pytest.mark.parametrize("suffix", [".npy", ".json", ".documents.npy"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped", "gone"])
 def test_damaged_cache_is_rebuilt(story: Path, suffix: str, damage: str) -> None:
     corpus = prepare_corpus(data(story), 256, 8)
@@ -212,15 +213,15 @@ def test_processes_at_once_agree(story: Path, cache: Path) -> None:
         process.join()
     assert corpora == [corpora[0]] * 4
     assert text_of(corpora[0]) == story.read_text(encoding="utf-8")
-    assert len(list(cache.iterdir())) == 2  # nothing half-written left
+    assert len(list(cache.iterdir())) == 3  # nothing half-written left
 
 
 # --- mistakes
 
 
-def refusal(source: Data, vocab_size: int = 256, sequence_length: int = 128) -> str:
+def refusal(source: Data, vocab_size: int = 256, sequence_length: int = 128, objective: str = "causal") -> str:
     with pytest.raises(ConfigError) as error:
-        prepare_corpus(source, vocab_size, sequence_length)
+        prepare_corpus(source, vocab_size, sequence_length, objective)
     return str(error.value)
 
 
@@ -273,36 +274,124 @@ def test_held_out_part(num_tokens: int, sequence_length: int, num_held_out: int)
     assert len(held_out) == num_held_out
 
 
-def test_sample_is_a_pure_function() -> None:
-    tokens = np.arange(5_000, dtype=np.uint16)
-    first = sample(tokens, 7, 3, 11, 16, 256)
-    assert first.dtype == np.int64
-    assert first.shape == (17,)
-    np.testing.assert_array_equal(np.diff(first), 1)
-    assert first[0] == sample_start(7, 3, 11, 5_000 - 16)
-    np.random.seed(0)  # the state of another generator must not matter
-    np.testing.assert_array_equal(first, sample(tokens, 7, 3, 11, 16, 256))
-    assert len({sample_start(*key, 10**9) for key in [(7, 3, 11), (8, 3, 11), (7, 4, 11), (7, 3, 12), (7, 31, 1)]}) == 5
-
-
-def test_samples_stay_the_same_in_later_versions() -> None:
+def test_draws_are_pure_and_stay_the_same_in_later_versions() -> None:
     """A measured point must still be comparable: these values are part of the format."""
+    assert len({sample_start(*key, 10**9) for key in [(7, 3, 11), (8, 3, 11), (7, 4, 11), (7, 3, 12), (7, 31, 1)]}) == 5
     assert [sample_start(1234, step, number, 1000) for step, number in [(0, 0), (0, 1), (1, 0)]] == [166, 304, 114]
-    assert sample(None, 1234, 0, 0, 4, 50257).tolist() == [32225, 42576, 45198, 6620, 36551]
+    assert (draw(5, 1234, 0, 0) % 50257).tolist() == [32225, 42576, 45198, 6620, 36551]
 
 
 def test_starts_cover_every_position_evenly() -> None:
     starts = [sample_start(1, step, number, 50) for step in range(100) for number in range(100)]
     counts = np.bincount(starts, minlength=50)
     assert ((counts - 200) ** 2 / 200).sum() < 85  # chi-square of 49 degrees of freedom: p > 0.001
-    assert {int(sample(np.arange(20), 1, step, 0, 16, 20)[0]) for step in range(200)} == {0, 1, 2, 3}
 
 
 def test_random_tokens_cover_the_vocabulary_evenly() -> None:
-    tokens = np.concatenate([sample(None, 1, 0, number, 99, 50) for number in range(100)])
-    counts = np.bincount(tokens, minlength=50)
+    tokens = np.concatenate([draw(100, 1, 0, number) % 50 for number in range(100)])
+    counts = np.bincount(tokens.astype(np.int64), minlength=50)
     assert len(counts) == 50
     assert ((counts - 200) ** 2 / 200).sum() < 85
+
+
+# --- documents, and what a mask is
+
+
+def documents_of(corpus: Corpus) -> list[str]:
+    assert corpus.path is not None
+    assert corpus.documents is not None
+    tokens, begins = load_tokens(corpus.path), load_tokens(corpus.documents)
+    return [bytes(tokens[a:b].astype(np.uint8)).decode() for a, b in pairwise(begins)]
+
+
+def test_documents_end_with_what_separates_them(tmp_path: Path) -> None:
+    for name, content in {"a.txt": "first", "b.txt": "", "c.txt": "third"}.items():
+        (tmp_path / name).write_text(content)
+    corpus = prepare_corpus(data(tmp_path / "*.txt"), 256, 4)
+    assert documents_of(corpus) == ["first\n\n", "\n\n", "third"]
+    assert corpus.num_ids == 256
+    assert (corpus.mask_token, corpus.special_tokens) == (256, ())
+
+
+def test_a_document_longer_than_a_sample_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 8)
+    (tmp_path / "b.txt").write_text("y" * 12)
+    for documents in ("padded", "packed"):
+        source = data(tmp_path / "*.txt").model_copy(update={"documents": documents})
+        prepare_corpus(source, 256, 11)
+        prepare_corpus(source, 257, 12, "masked")
+        with pytest.raises(ConfigError, match=rf"b\.txt has 12 tokens, but with data.documents={documents} a document "
+                           r"has 11 at most at train\.sequence_length=10; raise that"):  # fmt: skip
+            prepare_corpus(source, 256, 10)
+        with pytest.raises(ConfigError, match=r"b\.txt has 12 tokens, .* has 11 at most at train.sequence_length=11"):
+            prepare_corpus(source, 257, 11, "masked")
+    with pytest.raises(ConfigError, match=r"'assert' of pydoc_data|'\w+' of pydoc_data.topics"):
+        prepare_corpus(data().model_copy(update={"documents": "padded"}), 256, 128)
+
+
+def test_texts_without_a_document_that_can_be_learned_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    source = data(tmp_path / "*.txt").model_copy(update={"documents": "padded"})
+    with pytest.raises(ConfigError, match=r"has no document of 2 tokens or more; give another text, or use data\.doc"):
+        prepare_corpus(source, 256, 8)
+    assert prepare_corpus(source, 257, 8, "masked").num_tokens == 1
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ConfigError, match=r"matches no file"):
+        prepare_corpus(source, 256, 8)
+
+
+def test_a_mask_needs_room_in_the_vocabulary(story: Path, tokenizer_folder: Path) -> None:
     assert (
-        hashlib.sha256(sample(None, 1, 0, 0, 99, 50)).digest() != hashlib.sha256(sample(None, 1, 0, 1, 99, 50)).digest()
+        "model.vocab_size=256 has no room for the mask token 256 of data.tokenizer=bytes; use model.vocab_size=257"
+        in (refusal(data(story), objective="masked"))
     )
+    assert prepare_corpus(data(story), 257, 8, "masked").mask_token == 256
+    synthetic = prepare_corpus(data(kind="synthetic"), 100, 8, "masked")
+    assert (synthetic.mask_token, synthetic.num_ids) == (99, 99)
+    assert "has no room for a mask token beside another" in refusal(data(kind="synthetic"), 1, objective="masked")
+    assert "needs a tokenizer with a mask token, which that of data.tokenizer=" in (
+        refusal(data(story, tokenizer=tokenizer_folder), 60, 4, "masked")
+    )
+
+
+def test_a_tokenizer_of_bert_begins_and_ends_documents(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "dog"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("fox dog")
+    (texts / "b.txt").write_text("dog")
+    corpus = prepare_corpus(data(texts, tokenizer=folder), 7, 3, "masked")
+    assert corpus.path is not None
+    assert corpus.documents is not None
+    assert load_tokens(corpus.path).tolist() == [2, 5, 6, 3, 2, 6]
+    assert load_tokens(corpus.documents).tolist() == [0, 4, 6]
+    assert (corpus.mask_token, corpus.special_tokens, corpus.num_ids) == (4, (0, 1, 2, 3, 4), 7)
+
+
+def test_the_fingerprint_is_that_of_the_samples(story: Path, tmp_path: Path) -> None:
+    """Cut texts keep that of their tokens; other samples of the same tokens have another."""
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n\ntwo")
+    (folder / "b.txt").write_text("three")
+    whole = tmp_path / "whole.txt"
+    whole.write_text("one\n\ntwo\n\nthree")
+    kinds: list[dict[str, Any]] = [{"documents": "padded"}, {"documents": "packed"}]
+    cut = [prepare_corpus(data(place), 257, 11).fingerprint for place in (folder, whole)]
+    assert cut[0] == cut[1] == hashlib.sha256(np.frombuffer(whole.read_bytes(), np.uint8).astype(np.uint16)).hexdigest()
+    others = [
+        prepare_corpus(data(place).model_copy(update=kind), 257, 16, objective).fingerprint
+        for place in (folder, whole)
+        for kind in kinds
+        for objective in ("causal", "masked")
+    ]
+    assert len({*cut, *others, prepare_corpus(data(folder), 257, 11, "masked").fingerprint}) == 10

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,9 +122,24 @@ def test_summary_by_hand() -> None:
         "drift": None,
         "compile_seconds": 3.5,
         "warmup_steps_detected": 2,
+        "padding_fraction": None,
     })  # fmt: skip
     assert set(summary) <= set(names())
     json.dumps(summary)  # plain numbers
+
+
+def test_padding_is_no_throughput() -> None:
+    """Documents of 100 tokens each in rows of 128, 800 of 1024 positions in a step; attention to 100 tokens."""
+    records = [replace(record, tokens=800, pairs=8 * 100**2) for record in step_records([9.0, 9.0, 0.5, 0.5])]
+    config = make_config("data.documents=padded")
+    run = MeasuredRun(config, records, MACHINE)
+    assert run.tokens_per_second == 800 / 0.5
+    assert run.padding_fraction == 1 - 800 / 1024
+    assert run.attended_length == 100
+    assert run.flops_per_second() == 1600 * training_flops_per_token(config.model, 100)
+    line = metrics_line(records[0], config)
+    assert (line["data/tokens"], line["data/pairs"], line["perf/tokens_per_second"]) == (800, 80_000, 800 / 9)
+    assert record_of(line) == replace(records[0], forward_seconds=[], backward_seconds=[])
 
 
 def test_the_datasheet_is_read_for_the_precision_of_the_run() -> None:
@@ -162,9 +178,10 @@ def test_a_run_records_the_loss_and_norm_of_torch(lines: list[dict[str, Any]]) -
     model = build_layers(config.model, single).double()
     initialize(model.named_parameters(), config.model, single, config.train.seed)
     samples = CorpusSamples(config, prepare_corpus(config.data, config.model.vocab_size, 16))
-    tokens = torch.stack([torch.from_numpy(samples.sample(0, number)) for number in range(8)])
-    logits = model(tokens[:, :-1])[..., : config.model.vocab_size]
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    rows = [samples.sample(0, number) for number in range(8)]
+    tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    logits = model(tokens)[..., : config.model.vocab_size]
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     assert lines[0]["train/loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -185,13 +185,16 @@ FAMILY_OPTIONS: dict[str, list[list[str]]] = {
         ["model=llama_tiny", "model.family=qwen2", "model.num_key_value_heads=1"],
         ["model=llama_tiny", "model.family=qwen3", "model.num_key_value_heads=1"],
         ["model=llama_tiny", "model.family=qwen3", "model.num_key_value_heads=4", "model.tie_word_embeddings=true"],
+        ["model=gpt2_tiny"],
+        ["model=llama_tiny"],
     ],
     "schedule": [["parallel.schedule=1f1b"], ["parallel.schedule=zb_h1"]],
     "precision": [["train.precision=fp32"], ["train.precision=bf16"]],
     "checkpointing": OPTIONS["checkpointing"],
     "sequence": OPTIONS["sequence"][1:],
+    "documents": [["data.documents=cut"], ["data.documents=padded"], ["data.documents=packed"]],
 }
-FAMILY_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1)]
+FAMILY_LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (4, 1, 1), (1, 2, 2)]
 
 
 def family_rows() -> list[Row]:

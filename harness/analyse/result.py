@@ -72,7 +72,9 @@ def build_result(
         "stages": extras.part("the stages", lambda: describe_stages(run, blocks_per_part)),
         "gemm_flops_per_second": run.gemm_flops_per_second,
         "peak_flops_per_second": peak,
-        "flops_conventions": extras.part("the conventions", lambda: flops_beside_peers(config, rate, peak))
+        "flops_conventions": extras.part(
+            "the conventions", lambda: flops_beside_peers(config, rate, peak, run.attended_length)
+        )
         if computes(config)
         else None,
         "memory": extras.part(

@@ -134,7 +134,7 @@ def check_points(batch: Sequence[Sequence[str]], composer: Composer, machine: Ma
     return [check(tuple(overrides)) for overrides in batch]
 
 
-def data_identity(config: RunConfig, prepare: Callable[[Data, int, int], Corpus] | None = None) -> str:
+def data_identity(config: RunConfig, prepare: Callable[[Data, int, int, str], Corpus] | None = None) -> str:
     """Identity of the point, its data prepared.
 
     Args:
@@ -145,14 +145,28 @@ def data_identity(config: RunConfig, prepare: Callable[[Data, int, int], Corpus]
     """
     from harness.corpus import prepare_corpus  # numpy
 
+    length, objective = config.train.sequence_length, config.train.objective
+    corpus = (prepare or prepare_corpus)(config.data, config.model.vocab_size, length, objective)
+    if config.train.eval_interval and corpus.path is not None:
+        _check_held_out(config, corpus)
+    return identity(config, corpus.fingerprint)
+
+
+def _check_held_out(config: RunConfig, corpus: Corpus) -> None:
     length = config.train.sequence_length
-    corpus = (prepare or prepare_corpus)(config.data, config.model.vocab_size, length)
-    if config.train.eval_interval and corpus.path is not None and not corpus.ranges(length)[1]:
+    if config.data.documents != "cut":
+        from harness.documents import held_out_documents
+
+        if held_out_documents(corpus, config.train.objective) == 0:
+            raise ConfigError(
+                f"the text has one document only, of which data.documents={config.data.documents} can hold out none; "
+                "give more, or train.eval_interval=0"
+            )
+    elif not corpus.ranges(length)[1]:
         raise ConfigError(
             f"the text has {corpus.num_tokens} tokens, too few to hold out one of two samples of "
             f"train.sequence_length={length}; give a longer text, or train.eval_interval=0"
         )
-    return identity(config, corpus.fingerprint)
 
 
 @dataclass(frozen=True)

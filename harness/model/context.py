@@ -35,6 +35,8 @@ class PassContext:
         """Step and micro-batch, set before each forward pass."""
         self.documents: Documents | None = None
         """None: a row is one sequence."""
+        self.shares: Callable[[int, int, int], float] | None = None
+        """Of the same arguments: the share of positions that are no padding; None: all."""
         self._made: tuple[object, dict[object, Tensor]] = None, {}
         """What the layers of one pass share, and of which."""
 

@@ -264,7 +264,8 @@ COLUMNS = (
     Column(
         "tokens_per_second",
         "1/s",
-        "global_batch_size x sequence_length / step_seconds",
+        "global_batch_size x sequence_length / step_seconds; of `padded` and `packed` documents the mean number of "
+        "positions in a timed step that are no padding / step_seconds",
         measured=lambda run: run.tokens_per_second,
         repeats=middle_rate,
         shown=Shown(("tokens", "/s"), scaled(1, digits=4)),
@@ -280,8 +281,8 @@ COLUMNS = (
     Column(
         "model_tflops_per_device",
         "10^12/s",
-        "FLOPs of the model's matrix products, forward and twice that for backward, with full attention; recomputation "
-        "is not counted",
+        "FLOPs of the model's matrix products, forward and twice that for backward, with full attention (of a token to "
+        "its own document); recomputation and padding are not counted",
         measured=lambda run: _in_tera(run.flops_per_second()),
         repeats=middle_rate,
         shown=Shown(("TFLOP/s", "/device"), scaled(1), dispensable=4),
@@ -562,6 +563,29 @@ COLUMNS = (
         "GPUs",
         attempt=lambda tried: tried.result.get("matrix_products"),
         shown=Shown(("matrix", "products"), place=SETTING, only_varying=True),
+    ),
+    Column(
+        "objective",
+        "",
+        "what is predicted: the next token (`causal`) or tokens that were masked (`masked`)",
+        layout="train.objective",
+        asked=str,
+        shown=Shown(("", "objective"), place=SETTING, only_varying=True),
+    ),
+    Column(
+        "documents",
+        "",
+        "how samples are made of documents",
+        layout="data.documents",
+        asked=str,
+        shown=Shown(("", "documents"), place=SETTING, only_varying=True),
+    ),
+    Column(
+        "padding_fraction",
+        "",
+        "share of the positions of the timed steps that are padding; empty where there can be none",
+        measured=lambda run: run.padding_fraction,
+        shown=Shown(("padding", "%"), percent),
     ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""

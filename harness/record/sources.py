@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from harness.machine import Machine
-from harness.record.steps import StepRecord, tokens_per_step
+from harness.record.steps import StepRecord, positions_per_step, tokens_of
 from harness.record.store import Attempt, is_stale
 from harness.spans.span import Bubble, median_bubble
 from harness.spec.config import RunConfig
@@ -59,8 +59,26 @@ class MeasuredRun:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices, in the median timed step."""
-        return tokens_per_step(self.config) / self.step_seconds
+        """Of all devices, in the median timed step; padding is none."""
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean of the timed steps."""
+        return fmean(tokens_of(record, self.config) for record in self.timed)
+
+    @property
+    def attended_length(self) -> float:
+        """Tokens of the document that a token is in, the mean of all; of a row, where documents are cut."""
+        pairs = [record.pairs for record in self.timed if record.pairs is not None]
+        return sum(pairs) / (self.tokens_per_step * len(pairs)) if pairs else self.config.train.sequence_length
+
+    @property
+    def padding_fraction(self) -> float | None:
+        """Share of positions that are padding; None where there can be none."""
+        if all(record.tokens is None for record in self.timed):
+            return None
+        return 1 - self.tokens_per_step / positions_per_step(self.config)
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -75,7 +93,7 @@ class MeasuredRun:
         """
         if not computes(self.config):
             return None
-        per_token = training_flops_per_token(self.config.model, self.config.train.sequence_length, causal)
+        per_token = training_flops_per_token(self.config.model, self.attended_length, causal)
         return self.tokens_per_second_per_device * per_token
 
     def share_of(self, flops_per_second: float | None) -> float | None:
@@ -146,12 +164,15 @@ def computes(config: RunConfig) -> bool:
 
 
 def flops_beside_peers(
-    config: RunConfig, tokens_per_second_per_device: float, peak_flops_per_second: float | None
+    config: RunConfig,
+    tokens_per_second_per_device: float,
+    peak_flops_per_second: float | None,
+    attended_length: float | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Convention -> TFLOP/s per device, and its share of the datasheet peak, as that tool's users would quote them."""
     rates = {
         name: tokens_per_second_per_device * per_token
-        for name, per_token in flops_conventions(config.model, config.train.sequence_length).items()
+        for name, per_token in flops_conventions(config.model, attended_length or config.train.sequence_length).items()
     }
     return {
         name: {

@@ -39,6 +39,10 @@ class StepRecord:
     """The maximum over ranks."""
     eval_loss: float | None = None
     """Mean over the tokens of the held-out samples, at steps that end with an evaluation."""
+    tokens: int | None = None
+    """Positions of the global batch that are no padding, where documents may leave some; None: there is none."""
+    pairs: int | None = None
+    """Of positions of the same document, where documents are not cut: attention has that many products."""
     launch_gap_fraction: float | None = None
     """At most this share of forward and backward time GPUs waited for the host to launch; None on CPU."""
 
@@ -51,14 +55,20 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def tokens_per_step(config: RunConfig) -> int:
-    """Tokens of the global batch."""
+def positions_per_step(config: RunConfig) -> int:
+    """Of the global batch, padding included."""
     return config.train.global_batch_size * config.train.sequence_length
+
+
+def tokens_of(record: StepRecord, config: RunConfig) -> int:
+    """Of the global batch of a step, without padding."""
+    return positions_per_step(config) if record.tokens is None else record.tokens
 
 
 def metrics_line(record: StepRecord, config: RunConfig) -> dict[str, Any]:
     """One line of metrics.jsonl, and one point of wandb's history."""
     loss = record.eval_loss
+    load = {} if record.tokens is None else {"data/tokens": record.tokens, "data/pairs": record.pairs}
     evaluation = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     return {
         "step": record.step,
@@ -66,9 +76,10 @@ def metrics_line(record: StepRecord, config: RunConfig) -> dict[str, Any]:
         "train/learning_rate": record.learning_rate,
         "train/grad_norm": record.grad_norm,
         "perf/step_seconds": record.step_seconds,
-        "perf/tokens_per_second": tokens_per_step(config) / record.step_seconds,
+        "perf/tokens_per_second": tokens_of(record, config) / record.step_seconds,
         "perf/bubble_fraction": record.bubble.fraction,
         "memory/peak_bytes": record.peak_memory_bytes,
+        **load,
         **evaluation,
     }
 
@@ -91,6 +102,8 @@ def record_of(line: Mapping[str, Any]) -> StepRecord:
         backward_seconds=[],
         peak_memory_bytes=line["memory/peak_bytes"],
         eval_loss=line.get("eval/loss"),
+        tokens=line.get("data/tokens"),
+        pairs=line.get("data/pairs"),
     )
 
 

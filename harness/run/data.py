@@ -4,52 +4,292 @@ The global batch of a step is a list of samples 0..global_batch_size-1, and a sa
 (seed, step, number). Micro-batch k of data-parallel rank d holds the samples
 (k x dp + d) x micro_batch_size + 0..micro_batch_size-1, so that every layout and every micro-batch size
 trains on the same samples in the same step.
+
+A sample is a row of positions: a window of a text (`data.documents=cut`), a document (padded), or several (packed), and
+padding behind them. With `train.objective=causal` the target of a position is the next token of its document, with
+masked (arXiv 1810.04805, section 3.1) it is the token itself, where that was masked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.corpus import Corpus, load_tokens, sample
+from harness.corpus import Corpus, draw, load_tokens, sample_start, tokens_besides
+from harness.documents import make_rows
+from harness.model.context import Documents, PassContext
 from harness.model.loss import IGNORE_INDEX
 from harness.spec.config import RunConfig
 
 MicroBatch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+Integers = npt.NDArray[np.int64]
+
+MASKED, REPLACED, RANDOM = 0.15, 0.8, 0.1
+"""Share of positions whose tokens are to be predicted; of these, what becomes a mask and what a random token."""
+
+
+class Sample(NamedTuple):
+    """A row."""
+
+    inputs: Integers
+    """Tokens `[sequence_length]`; 0 in padding."""
+    targets: Integers
+    """`[sequence_length]`; IGNORE_INDEX where there is nothing to learn."""
+
+
+class Load(NamedTuple):
+    """What a global batch has to compute."""
+
+    tokens: int
+    """Positions that are no padding."""
+    pairs: int
+    """Of positions of the same document: the sum of squares of their numbers."""
 
 
 class Samples(Protocol):
     """Where samples come from."""
 
-    def sample(self, step: int, number: int) -> npt.NDArray[np.int64]:
-        """Tokens `[sequence_length + 1]` of a sample; IGNORE_INDEX marks targets the loss leaves out."""
+    def sample(self, step: int, number: int) -> Sample:
+        """A row of the global batch."""
 
-    def num_valid_tokens(self, step: int) -> int:
+    def lengths(self, step: int, number: int) -> list[int]:
+        """Positions of each document of a row; the rest is padding."""
+
+    def num_valid_targets(self, step: int) -> int:
         """Targets of the global batch that the loss counts."""
 
 
 class CorpusSamples:
-    """Windows of a text, or random tokens; every target counts."""
+    """Rows of a text, or of random tokens, drawn anew for each step."""
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self._config = config
-        self._tokens = None
-        if corpus.path is not None:
-            training, _ = corpus.ranges(config.train.sequence_length)
-            self._tokens = load_tokens(corpus.path)[training.start : training.stop]
+        self._rows = _rows_of(config, corpus, held_out=False)
+        self._mask = Masks(config, corpus) if config.train.objective == "masked" else None
 
-    def sample(self, step: int, number: int) -> npt.NDArray[np.int64]:
-        """Tokens `[sequence_length + 1]`."""
-        train, vocab_size = self._config.train, self._config.model.vocab_size
-        return sample(self._tokens, train.seed, step, number, train.sequence_length, vocab_size)
+    def _row(self, step: int, number: int) -> tuple[int, int, int]:
+        return self._config.train.seed, step, number
 
-    def num_valid_tokens(self, step: int) -> int:
-        """All targets of the global batch."""
-        return self._config.train.global_batch_size * self._config.train.sequence_length
+    def sample(self, step: int, number: int) -> Sample:
+        """A row of the global batch."""
+        return _sample(self._config, self._rows.documents(*self._row(step, number)), self._mask, step, number)
+
+    def lengths(self, step: int, number: int) -> list[int]:
+        """Positions of each of its documents."""
+        return self._rows.lengths(*self._row(step, number))
+
+    def num_valid_targets(self, step: int) -> int:
+        """All positions that are no padding, or those that were masked."""
+        return _count_targets(self, self._config.train.global_batch_size, step, self._mask is not None)
+
+
+class HeldOutSamples:
+    """Rows that training never sees, the same at every evaluation, evenly spread over the held-out text."""
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self._config, self._count = config, config.train.eval_samples
+        self._rows = _rows_of(config, corpus, held_out=True)
+        self._mask = Masks(config, corpus) if config.train.objective == "masked" else None
+
+    def sample(self, step: int, number: int) -> Sample:
+        """A row; past the last no target counts."""
+        if number >= self._count:
+            length = self._config.train.sequence_length
+            return Sample(np.zeros(length, np.int64), np.full(length, IGNORE_INDEX))
+        return _sample(self._config, self._rows.documents_at(number, self._count), self._mask, -1, number)
+
+    def lengths(self, step: int, number: int) -> list[int]:
+        """Positions of each of its documents."""
+        return self._rows.lengths_at(number, self._count) if number < self._count else []
+
+    def num_valid_targets(self, step: int) -> int:
+        """Of all rows."""
+        return _count_targets(self, self._count, step, self._mask is not None)
+
+
+def _count_targets(samples: Samples, count: int, step: int, is_masked: bool) -> int:
+    if not is_masked:
+        return sum(sum(samples.lengths(step, number)) for number in range(count))
+    found = sum(int((samples.sample(step, number).targets != IGNORE_INDEX).sum()) for number in range(count))
+    return max(1, found)
+
+
+class _Source(Protocol):
+    """Tokens of the documents of a row, each with the token that is only predicted."""
+
+    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
+        """Of one that is drawn."""
+
+    def lengths(self, seed: int, step: int, number: int) -> list[int]:
+        """Its positions."""
+
+    def documents_at(self, number: int, count: int) -> list[Integers]:
+        """Of the `number`-th of `count` that are evenly spread."""
+
+    def lengths_at(self, number: int, count: int) -> list[int]:
+        """Its positions."""
+
+
+def _rows_of(config: RunConfig, corpus: Corpus, held_out: bool) -> _Source:
+    length, besides = config.train.sequence_length, tokens_besides(config.train.objective)
+    if corpus.path is None:
+        return _RandomRows(config, corpus, -1 if held_out else None)
+    tokens = load_tokens(corpus.path)
+    if config.data.documents == "cut":
+        part = corpus.ranges(length)[held_out]
+        return _Windows(tokens[part.start : part.stop], length, besides)
+    assert corpus.documents is not None
+    begins = load_tokens(corpus.documents)
+    rows = make_rows(np.diff(begins), length, besides, config.data.documents == "packed")
+    return _DocumentRows(tokens, begins, rows[held_out], besides)
+
+
+class _Windows:
+    """Of a text, whatever documents it has."""
+
+    def __init__(self, tokens: npt.NDArray[np.integer], length: int, besides: int) -> None:
+        self._tokens, self._length, self._besides = tokens, length, besides
+        self._num_places = len(tokens) - length
+
+    def _window(self, start: int) -> list[Integers]:
+        return [self._tokens[start : start + self._length + self._besides].astype(np.int64)]
+
+    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
+        """The window."""
+        return self._window(sample_start(seed, step, number, self._num_places))
+
+    def lengths(self, seed: int, step: int, number: int) -> list[int]:
+        """All positions."""
+        return [self._length]
+
+    def documents_at(self, number: int, count: int) -> list[Integers]:
+        """The window."""
+        return self._window((self._num_places - 1) * number // max(1, count - 1))
+
+    def lengths_at(self, number: int, count: int) -> list[int]:
+        """All positions."""
+        return [self._length]
+
+
+class _DocumentRows:
+    """Of whole documents."""
+
+    def __init__(
+        self, tokens: npt.NDArray[np.integer], begins: npt.NDArray[np.int64], rows: Sequence[list[int]], besides: int
+    ) -> None:
+        self._tokens, self._begins, self._rows, self._besides = tokens, begins, rows, besides
+
+    def _documents(self, row: list[int]) -> list[Integers]:
+        return [self._tokens[self._begins[k] : self._begins[k + 1]].astype(np.int64) for k in row]
+
+    def _lengths(self, row: list[int]) -> list[int]:
+        return [int(self._begins[k + 1] - self._begins[k]) - self._besides for k in row]
+
+    def _drawn(self, seed: int, step: int, number: int) -> list[int]:
+        return self._rows[sample_start(seed, step, number, len(self._rows))]
+
+    def _at(self, number: int, count: int) -> list[int]:
+        return self._rows[(len(self._rows) - 1) * number // max(1, count - 1)]
+
+    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
+        """Of a row that is drawn."""
+        return self._documents(self._drawn(seed, step, number))
+
+    def lengths(self, seed: int, step: int, number: int) -> list[int]:
+        """Its positions."""
+        return self._lengths(self._drawn(seed, step, number))
+
+    def documents_at(self, number: int, count: int) -> list[Integers]:
+        """Of one that is evenly spread."""
+        return self._documents(self._at(number, count))
+
+    def lengths_at(self, number: int, count: int) -> list[int]:
+        """Its positions."""
+        return self._lengths(self._at(number, count))
+
+
+class _RandomRows:
+    """Of random tokens; documents have from 1 to all positions, each number as often.
+
+    Args:
+        step: that stands for all; None: each draws its own.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, step: int | None) -> None:
+        self._seed, self._kind, self._step = config.train.seed, config.data.documents, step
+        self._length, self._num_ids = config.train.sequence_length, corpus.num_ids
+        self._besides = tokens_besides(config.train.objective)
+
+    def lengths(self, seed: int, step: int, number: int) -> list[int]:
+        """Of a row: of one document, or of as many as are drawn before one does not fit."""
+        if self._kind == "cut":
+            return [self._length]
+        drawn = 1 + draw(self._length, seed, step, number, "lengths") % self._length
+        if self._kind == "padded":
+            return [int(drawn[0])]
+        fitting = int((np.cumsum(drawn) <= self._length).sum())
+        return [int(length) for length in drawn[:fitting]]
+
+    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
+        """As long as `lengths` says."""
+        lengths = self.lengths(seed, step, number)
+        tokens = (draw(self._length + self._besides * len(lengths), seed, step, number) % self._num_ids).astype(
+            np.int64
+        )
+        ends = np.cumsum([length + self._besides for length in lengths])
+        return [tokens[end - length - self._besides : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def documents_at(self, number: int, count: int) -> list[Integers]:
+        """Of a row that no training step draws."""
+        return self.documents(self._seed, -1, number)
+
+    def lengths_at(self, number: int, count: int) -> list[int]:
+        """Its positions."""
+        return self.lengths(self._seed, -1, number)
+
+
+def _sample(config: RunConfig, documents: list[Integers], mask: Masks | None, step: int, number: int) -> Sample:
+    """A row of documents, one behind the other."""
+    length, besides = config.train.sequence_length, tokens_besides(config.train.objective)
+    inputs, targets, first = np.zeros(length, np.int64), np.full(length, IGNORE_INDEX), 0
+    for tokens in documents:
+        own = slice(first, first + len(tokens) - besides)
+        inputs[own], targets[own] = tokens[: len(tokens) - besides], tokens[besides:]
+        first = own.stop
+    sample = Sample(inputs, targets)
+    return sample if mask is None else mask(sample, step, number)
+
+
+class Masks:
+    """Chooses what is to be predicted: the same of a sample wherever, and by whomever, it is computed.
+
+    Of the positions that are neither padding nor special, a share of `MASKED` is chosen, and at least one. Of these
+    most show the mask token, some a random one, and the rest what they are.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        assert corpus.mask_token is not None
+        self._seed, self._mask_token, self._num_ids = config.train.seed, corpus.mask_token, corpus.num_ids
+        self._special = np.array(corpus.special_tokens, np.int64)
+
+    def __call__(self, sample: Sample, step: int, number: int) -> Sample:
+        """Of a row whose targets are all its tokens."""
+        tokens, length = sample.targets, len(sample.targets)
+        choice, what, other = draw(3 * length, self._seed, step, number, "mask").reshape(3, length)
+        eligible = (tokens != IGNORE_INDEX) & ~np.isin(tokens, self._special)
+        shares = np.where(eligible, choice / 2.0**64, 1.0)
+        chosen = shares < MASKED
+        if not chosen.any() and eligible.any():
+            chosen[shares.argmin()] = True
+        kind = what / 2.0**64
+        inputs = np.where(chosen & (kind < REPLACED), self._mask_token, sample.inputs)
+        is_random = chosen & (kind >= REPLACED) & (kind < REPLACED + RANDOM)
+        inputs = np.where(is_random, (other % self._num_ids).astype(np.int64), inputs)
+        return Sample(inputs, np.where(chosen, tokens, IGNORE_INDEX))
 
 
 def micro_batches(config: RunConfig, samples: Samples, dp_rank: int, first_step: int = 0) -> Iterator[MicroBatch]:
@@ -66,36 +306,55 @@ def step_micro_batches(config: RunConfig, samples: Samples, dp_rank: int, step: 
     Yields:
         (tokens `[micro_batch_size, sequence_length]`, (targets of the same shape, weight)). The sum of
         token losses times weight, averaged over micro-batches and replicas as DeepSpeed does, is the sum
-        of token losses of the global batch over its number of valid tokens.
+        of token losses of the global batch over its number of valid targets.
     """
-    size, dp = config.train.micro_batch_size, config.parallel.dp
-    weight = torch.tensor(config.num_micro_batches * dp / samples.num_valid_tokens(step))
+    weight = torch.tensor(config.num_micro_batches * config.parallel.dp / samples.num_valid_targets(step))
     for k in range(config.num_micro_batches):
-        first = (k * dp + dp_rank) * size
-        tokens = torch.from_numpy(np.stack([samples.sample(step, n) for n in range(first, first + size)]))
-        yield tokens[:, :-1].clamp(min=0), (tokens[:, 1:].contiguous(), weight)
+        rows = [samples.sample(step, number) for number in numbers_of(config, k, dp_rank)]
+        tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        yield tokens, (targets, weight)
 
 
-class HeldOutSamples:
-    """Samples that training never sees, the same at every evaluation, evenly spread over the held-out text."""
+def numbers_of(config: RunConfig, micro_batch: int, dp_rank: int) -> range:
+    """Of the samples of a micro-batch, in the global batch."""
+    size = config.train.micro_batch_size
+    first = (micro_batch * config.parallel.dp + dp_rank) * size
+    return range(first, first + size)
 
-    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        self._train, self._vocab_size = config.train, config.model.vocab_size
-        self._tokens = None
-        if corpus.path is not None:
-            _, held_out = corpus.ranges(config.train.sequence_length)
-            self._tokens = load_tokens(corpus.path)[held_out.start : held_out.stop]
 
-    def sample(self, step: int, number: int) -> npt.NDArray[np.int64]:
-        """Tokens `[sequence_length + 1]`; past the last sample no target counts."""
-        length, count = self._train.sequence_length, self._train.eval_samples
-        if number >= count:
-            return np.full(length + 1, IGNORE_INDEX)
-        if self._tokens is None:
-            return sample(None, self._train.seed, -1, number, length, self._vocab_size)
-        start = (len(self._tokens) - length - 1) * number // max(1, count - 1)
-        return self._tokens[start : start + length + 1].astype(np.int64)
+def load_of(config: RunConfig, samples: Samples, step: int) -> Load:
+    """What the global batch of a step has to compute."""
+    lengths = [n for number in range(config.train.global_batch_size) for n in samples.lengths(step, number)]
+    return Load(sum(lengths), sum(length * length for length in lengths))
 
-    def num_valid_tokens(self, step: int) -> int:
-        """All targets of the samples."""
-        return self._train.eval_samples * self._train.sequence_length
+
+def tell_documents(context: PassContext, config: RunConfig, samples: Samples) -> None:
+    """Let the layers of a rank know the documents of their rows, which most stages see nothing else of."""
+    context.documents = documents_of(config, samples)
+    if config.data.documents != "cut":
+        context.shares = shares_of(config, samples)
+
+
+def documents_of(config: RunConfig, samples: Samples) -> Documents | None:
+    """For `PassContext.documents`; None where no token would see anything else without."""
+    if not config.masks_documents:
+        return None
+    length = config.train.sequence_length
+
+    def documents(step: int, micro_batch: int, dp_rank: int) -> torch.Tensor:
+        rows = [samples.lengths(step, number) for number in numbers_of(config, micro_batch, dp_rank)]
+        numbers = [np.repeat(np.arange(len(row) + 1), [*row, length - sum(row)]) for row in rows]
+        return torch.from_numpy(np.stack(numbers))
+
+    return documents
+
+
+def shares_of(config: RunConfig, samples: Samples) -> Callable[[int, int, int], float]:
+    """For `PassContext.shares`: how much of a micro-batch is no padding."""
+
+    def share(step: int, micro_batch: int, dp_rank: int) -> float:
+        numbers = numbers_of(config, micro_batch, dp_rank)
+        tokens = sum(sum(samples.lengths(step, number)) for number in numbers)
+        return tokens / (len(numbers) * config.train.sequence_length)
+
+    return share

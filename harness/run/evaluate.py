@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.corpus import Corpus
-from harness.run.data import HeldOutSamples, step_micro_batches
+from harness.run.data import HeldOutSamples, step_micro_batches, tell_documents
 from harness.run.engines.engine import Engine
 from harness.spec.config import RunConfig
 
@@ -23,4 +23,10 @@ class Evaluation:
     def loss(self) -> float:
         """Sum of all token losses over their number; a collective call of all ranks, equal on all."""
         micro_batches = step_micro_batches(self._config, self._samples, self._dp_rank, step=0)
-        return self._engine.evaluate(micro_batches, self._config.num_micro_batches)
+        context = self._engine.context
+        training = context.documents, context.shares
+        tell_documents(context, self._config, self._samples)
+        try:
+            return self._engine.evaluate(micro_batches, self._config.num_micro_batches)
+        finally:
+            context.documents, context.shares = training

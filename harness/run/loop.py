@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from harness.record.steps import StepRecord, metrics_line
 from harness.record.store import Attempt
+from harness.run.data import Load
 from harness.run.engines.engine import Engine
 from harness.run.evaluate import Evaluation
 from harness.run.instruments.clock import measure_clock_offset
@@ -40,7 +41,11 @@ def launch_gap_fraction(ranks: Sequence[RankStep]) -> float:
 
 
 class Loop:
-    """Steps of one rank: train, measure, and bring every rank's numbers to rank 0."""
+    """Steps of one rank: train, measure, and bring every rank's numbers to rank 0.
+
+    Args:
+        load: what a step, counted from 0, has to compute, where padding is none of it.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Loop:
         tracer: Tracer,
         device: torch.device,
         evaluation: Evaluation | None = None,
+        load: Callable[[int], Load] | None = None,
     ) -> None:
         self.config, self.rank, self.engine, self.tracer, self.device = config, rank, engine, tracer, device
         self.records: list[StepRecord] = []
@@ -58,7 +64,7 @@ class Loop:
         """By rank, so far; known to rank 0."""
         # What ranks tell each other for the record travels over gloo, also where the model uses NCCL.
         self.group = None if device.type == "cpu" else dist.new_group(backend="gloo")
-        self._evaluation = evaluation
+        self._evaluation, self._load = evaluation, load
         self._steps_done = 0
         self._clock_offset = measure_clock_offset(self.group)
         self._to_reference = to_reference(self._clock_offset)
@@ -133,6 +139,7 @@ class Loop:
         stages = [[a for replica in replicas for a in replica[s]] for s in range(self.config.parallel.pp)]
         # Linux counts resident pages approximately: the peak it reports may be lower than it was.
         self.peak_bytes = [max(known, rank.peak_bytes) for known, rank in zip(self.peak_bytes, ranks, strict=True)]
+        load = self._load(step - 1) if self._load is not None else None
         record = StepRecord(
             step=step,
             loss=loss,
@@ -144,6 +151,8 @@ class Loop:
             backward_seconds=[sum(a.backward_seconds for a in stage) / len(stage) for stage in stages],
             peak_memory_bytes=max(self.peak_bytes),
             eval_loss=eval_loss,
+            tokens=load.tokens if load is not None else None,
+            pairs=load.pairs if load is not None else None,
             launch_gap_fraction=launch_gap_fraction(ranks) if self.device.type == "cuda" else None,
         )
         self.records.append(record)

@@ -30,17 +30,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.model.context import stream_seed
+from harness.model.context import Documents, stream_seed
 from harness.model.loss import IGNORE_INDEX
 from harness.model.precision import dtype_of
 from harness.model.weights import unshard
 from harness.record.heartbeat import Phase, no_phase
-from harness.run.data import MicroBatch, micro_batches
+from harness.run.data import MicroBatch, Sample, documents_of, micro_batches
 from harness.run.engines.engine import Before, Engine, build_engine
 from harness.run.engines.torch.engine import TorchEngine
 from harness.spec.architecture import UP
@@ -117,23 +116,34 @@ VARIANTS = (
 
 
 class MaskedSamples:
-    """Random tokens, every seventh target left out of the loss."""
+    """Random tokens, of rows as `data.documents` says; every seventh target is left out of the loss."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
 
-    def sample(self, step: int, number: int) -> npt.NDArray[np.int64]:
-        """Tokens `[sequence_length + 1]`."""
+    def sample(self, step: int, number: int) -> Sample:
+        """A row of the global batch."""
         train = self._config.train
         generator = np.random.default_rng([train.seed, step, number])
         tokens = generator.integers(0, self._config.model.vocab_size, train.sequence_length + 1)
-        tokens[1:][generator.random(train.sequence_length) < 1 / 7] = IGNORE_INDEX
-        return tokens
+        inputs, targets = tokens[:-1].copy(), tokens[1:].copy()
+        targets[generator.random(train.sequence_length) < 1 / 7] = IGNORE_INDEX
+        end = sum(self.lengths(step, number))
+        inputs[end:], targets[end:] = 0, IGNORE_INDEX
+        return Sample(inputs, targets)
 
-    def num_valid_tokens(self, step: int) -> int:
-        """Unmasked targets of the global batch."""
+    def lengths(self, step: int, number: int) -> list[int]:
+        """Positions of each document of a row: some documents of about a third of it, or one of random length."""
+        length, kind = self._config.train.sequence_length, self._config.data.documents
+        generator = np.random.default_rng([self._config.train.seed, step, number, 1])
+        if kind == "packed":
+            return [int(n) for n in generator.integers(1, max(2, length // 3), size=3)]
+        return [int(generator.integers(length // 3 + 1, length + 1))] if kind == "padded" else [length]
+
+    def num_valid_targets(self, step: int) -> int:
+        """Those of the global batch that are not left out."""
         numbers = range(self._config.train.global_batch_size)
-        return sum(int((self.sample(step, number)[1:] >= 0).sum()) for number in numbers)
+        return sum(int((self.sample(step, number).targets >= 0).sum()) for number in numbers)
 
 
 def random_weights(model: Model, seed: int) -> Tensors:
@@ -245,6 +255,7 @@ class Layout:
     def step(self, step: int) -> float:
         """One optimizer step, whose gradients are kept; its loss."""
         loss = float("nan")
+        self.engine.context.documents = documents_at(step, self.config)
         for _ in range(MOST_REPETITIONS):
             skipped = self.engine.steps_skipped
             loss = self.engine.train_step(self._data)
@@ -355,6 +366,7 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
         if reference is None:
             continue
         reference.steps_taken = layout.engine.steps_taken - 1  # dropout draws by it
+        reference.context.documents = documents_at(step, config)
         expected_loss = reference.train_step(global_batches)
         if gradients is not None:
             results.append(compare_number(f"{label}: loss", loss, expected_loss, of_numbers))
@@ -376,14 +388,21 @@ def _check_variant(variant: Variant, config: RunConfig, weights: Tensors, rank: 
     return results
 
 
+def documents_at(step: int, config: RunConfig) -> Documents | None:
+    """Those of a step, however often it is repeated."""
+    known = documents_of(config, MaskedSamples(config))
+    return known and (lambda _, micro_batch, dp_rank: known(step, micro_batch, dp_rank))
+
+
 def batches_of_one_rank(config: RunConfig) -> Iterator[MicroBatch]:
     """The samples of every global batch in their order, not by `harness.run.data` that deals them out to layouts."""
     samples, train = MaskedSamples(config), config.train
     for step in itertools.count():
         for first in range(0, train.global_batch_size, train.micro_batch_size):
             numbers = range(first, first + train.micro_batch_size)
-            tokens = torch.from_numpy(np.stack([samples.sample(step, number) for number in numbers]))
-            yield tokens[:, :-1].clamp(min=0), (tokens[:, 1:], torch.tensor(torch.nan))
+            rows = [samples.sample(step, number) for number in numbers]
+            tokens, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            yield tokens, (targets, torch.tensor(torch.nan))
 
 
 def worst_error(comparisons: Iterable[Comparison]) -> float:

@@ -404,6 +404,11 @@ class RunConfig(Section):
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
 
     @property
+    def masks_documents(self) -> bool:
+        """Whether a token would see what is not of its document, but for a mask: padding is behind the others."""
+        return self.data.documents == "packed" or (self.data.documents == "padded" and not self.model.causal)
+
+    @property
     def hidden_shape(self) -> tuple[int, int, int]:
         """Of what passes between layers: [batch, slice, hidden]."""
         train = self.train

@@ -94,7 +94,7 @@ def training_flops_per_token(model: Model, sequence_length: float, causal: bool 
     return 3 * (blocks + head_forward_flops(model))
 
 
-def flops_conventions(model: Model, sequence_length: int) -> dict[str, float]:
+def flops_conventions(model: Model, sequence_length: float) -> dict[str, float]:
     """Training FLOPs per token as this project and its peers count them, so that any two tables compare.
 
     Returns:

@@ -71,6 +71,11 @@ def check_dtensor(config: RunConfig) -> None:
         raise ConfigError(
             f"parallel.engine=dtensor has no layers for model.family={model.family}; use parallel.engine=deepspeed"
         )
+    if config.masks_documents:
+        raise ConfigError(
+            f"parallel.engine=dtensor has no masks for data.documents={config.data.documents}; use data.documents=cut, "
+            "or parallel.engine=deepspeed"
+        )
     if model.sliding_window is not None and model.sliding_window < config.train.sequence_length:
         raise ConfigError(
             f"parallel.engine=dtensor has no window, but model.sliding_window={model.sliding_window} is shorter than "

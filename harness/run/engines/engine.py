@@ -65,7 +65,7 @@ class Before(Observer):
 
 
 class ForwardPasses(Observer):
-    """Tells dropout which forward pass begins.
+    """Tells the layers which forward pass begins.
 
     Args:
         steps_taken: optimizer steps that the engine has taken.

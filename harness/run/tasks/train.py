@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.compilation import gather_compilation
-from harness.run.data import CorpusSamples, micro_batches
+from harness.run.data import CorpusSamples, load_of, micro_batches, tell_documents
 from harness.run.engines.engine import build_engine
 from harness.run.evaluate import Evaluation
 from harness.run.instruments.heartbeat import HeartbeatObserver
@@ -39,13 +40,16 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     tracer.attach(engine)
     num_chunks = config.parallel.num_chunks
     engine.observers.append(HeartbeatObserver(heart, lambda: engine.steps_taken, machine.device_kind, num_chunks))
-    loop = Loop(attempt, config, rank, engine, tracer, device, Evaluation(config, corpus, engine, rank))
+    samples = CorpusSamples(config, corpus)
+    tell_documents(engine.context, config, samples)
+    load = partial(load_of, config, samples) if config.data.documents != "cut" else None
+    loop = Loop(attempt, config, rank, engine, tracer, device, Evaluation(config, corpus, engine, rank), load)
     compiled = gather_compilation(engine.compilation, loop.group)
     heart.phase("reading the checkpoint" if config.train.resume else "beginning to train")
     done = load_checkpoint(Path(config.train.resume), engine, config, loop.group) if config.train.resume else 0
     if rank == 0 and done:
         print(f"goes on after step {done}, from {config.train.resume}", flush=True)
-    data = micro_batches(config, CorpusSamples(config, corpus), engine.topology.coordinate(rank).dp, first_step=done)
+    data = micro_batches(config, samples, engine.topology.coordinate(rank).dp, first_step=done)
     reset_peak_memory()
     for step in range(done + 1, config.train.steps + 1):
         loop.step(step, data)
@@ -57,7 +61,9 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
 
 def share_corpus(config: RunConfig, rank: int) -> Corpus:
     """The prepared corpus: rank 0 reads the text, or finds it in the cache, and tells the others."""
-    shared = [prepare_corpus(config.data, config.model.vocab_size, config.train.sequence_length) if rank == 0 else None]
+    train = config.train
+    arguments = config.data, config.model.vocab_size, train.sequence_length, train.objective
+    shared = [prepare_corpus(*arguments) if rank == 0 else None]
     dist.broadcast_object_list(shared, src=0)
     assert shared[0] is not None
     return shared[0]

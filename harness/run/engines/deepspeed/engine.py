@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         self._engine, self._module = engine, module
         self._clips = not clips_by_itself(config)  # the harness does; torch's optimizer works on the parameters
         self._norm: Tensor | None = None
-        if config.model.dropout > 0:
+        if config.model.dropout > 0 or config.data.documents != "cut":
             self.observers.append(ForwardPasses(context, lambda: self.steps_taken))
         table = parameter_table(config.model)
         self._partial = [

@@ -1,0 +1,98 @@
+"""Which documents a sample holds, where samples are made of whole documents.
+
+Rows are made once, before training: each of one document, or packed with several. A sample is one row, drawn as a
+window of a text is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.corpus import Corpus, load_tokens, tokens_besides
+
+Row = list[int]
+"""Numbers of documents."""
+
+
+class Rows(NamedTuple):
+    """Of a corpus."""
+
+    training: list[Row]
+    held_out: list[Row]
+    """Of the last documents, about a twentieth of the tokens; empty where that would leave nothing to train on."""
+
+
+def make_rows(lengths: npt.NDArray[np.int64], sequence_length: int, besides: int, packs: bool) -> Rows:
+    """Rows of documents.
+
+    Args:
+        lengths: tokens of each document; those that leave no position are left out.
+        besides: tokens that a document has more than positions in a sample.
+        packs: put several into a row; else each document is one.
+    """
+    positions = lengths - besides
+    usable = np.flatnonzero(positions > 0)
+    split = _first_held_out(lengths[usable])
+    parts = usable[:split], usable[split:]
+    if not packs:
+        return Rows(*([[int(number)] for number in part] for part in parts))
+    return Rows(
+        *([[int(part[k]) for k in row] for row in pack(positions[part].tolist(), sequence_length)] for part in parts)
+    )
+
+
+def held_out_documents(corpus: Corpus, objective: str) -> int:
+    """How many of a corpus are not trained on."""
+    assert corpus.documents is not None
+    lengths = np.diff(load_tokens(corpus.documents))
+    usable = lengths[lengths > tokens_besides(objective)]
+    return len(usable) - _first_held_out(usable)
+
+
+def _first_held_out(lengths: npt.NDArray[np.int64]) -> int:
+    """Where the last documents begin that have a twentieth of the tokens, or more."""
+    if len(lengths) < 2:
+        return len(lengths)
+    behind = np.cumsum(lengths[::-1])[::-1]
+    enough = np.flatnonzero(behind * 20 >= behind[0])
+    return max(1, int(enough[-1]))
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[Row]:
+    """Put things into as few rows as best-fit decreasing does: the longest first, each where it leaves least room.
+
+    That takes at most 11/9 of the fewest rows possible, and one (Johnson et al. 1974, SIAM J. Comput. 3).
+
+    Args:
+        lengths: of each, none above `capacity`.
+
+    Returns:
+        Their numbers, row by row, in their order.
+    """
+    rows: list[Row] = []
+    room: dict[int, list[int]] = {}
+    """Room that is left -> rows that have it."""
+    sizes: list[int] = []
+    """Rooms that some row has, in order."""
+    for number in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
+        place = bisect_left(sizes, lengths[number])
+        if place == len(sizes):
+            row, left = len(rows), capacity
+            rows.append([])
+        else:
+            left = sizes[place]
+            row = room[left].pop()
+            if not room[left]:
+                del room[left], sizes[place]
+        rows[row].append(number)
+        if left := left - lengths[number]:
+            if left not in room:
+                room[left] = []
+                insort(sizes, left)
+            room[left].append(row)
+    return [sorted(row) for row in rows]

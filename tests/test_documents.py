@@ -1,0 +1,362 @@
+"""Samples of documents: which they hold, where their targets are, what is masked, and that nothing else matters."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_config
+from helpers_model import fill, random_state, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import MODELS
+
+from harness.corpus import Corpus
+from harness.documents import make_rows, pack
+from harness.model.assembly import build_layers
+from harness.model.context import PassContext
+from harness.model.groups import TensorParallel
+from harness.model.loss import IGNORE_INDEX
+from harness.run.data import (
+    CorpusSamples,
+    HeldOutSamples,
+    Load,
+    Masks,
+    Sample,
+    documents_of,
+    load_of,
+    step_micro_batches,
+    tell_documents,
+)
+from harness.run.engines.engine import Before
+from harness.run.engines.torch.engine import TorchEngine
+from harness.spec.config import RunConfig
+
+SEQUENCE = 16
+MASK, SPECIAL = 900, (7, 8)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """60 documents of 1 to 16 tokens, each of a number of its own: token = 10 x document + place, below 900."""
+    folder = tmp_path_factory.mktemp("corpus")
+    lengths = np.random.default_rng(1).integers(1, SEQUENCE + 1, 60)
+    tokens = np.concatenate([(10 * k + np.arange(n)) % MASK for k, n in enumerate(lengths)]).astype(np.uint16)
+    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "documents.npy", np.concatenate([[0], np.cumsum(lengths)]))
+    return Corpus(folder / "tokens.npy", len(tokens), "uint16", "f", "d", folder / "documents.npy", MASK, MASK, SPECIAL)
+
+
+def configure(documents: str, objective: str = "causal", *overrides: str) -> RunConfig:
+    return make_config(
+        "model=bert_tiny", "model.vocab_size=901", f"train.objective={objective}", f"data.documents={documents}",
+        f"train.sequence_length={SEQUENCE}", *overrides,
+    )  # fmt: skip
+
+
+def document(corpus: Corpus, number: int) -> list[int]:
+    assert corpus.path is not None
+    assert corpus.documents is not None
+    begins = np.load(corpus.documents)
+    return [int(token) for token in np.load(corpus.path)[begins[number] : begins[number + 1]]]
+
+
+# --- packing
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 30))
+def test_packing_holds_everything_once_and_wastes_little(lengths: list[int], capacity: int) -> None:
+    rows = pack(lengths, capacity)
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    filled = [sum(lengths[number] for number in row) for row in rows]
+    assert all(0 < size <= capacity for size in filled)
+    assert all(row == sorted(row) for row in rows)
+    least = math.ceil(sum(lengths) / capacity)
+    assert len(rows) <= 11 / 9 * least * 2 + 1  # the fewest possible are at most twice the least, and one
+    # Of two rows the later one was begun because its first did not fit into the earlier one.
+    assert sum(2 * size <= capacity for size in filled) <= 1
+
+
+def test_packing_takes_the_tightest_place() -> None:
+    assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert pack([7, 6, 3], 10) == [[0, 2], [1]]  # 3 fits both, and leaves nothing in the first
+    assert pack([], 10) == []
+
+
+def test_packing_many_documents_leaves_next_to_nothing() -> None:
+    lengths = np.random.default_rng(0).integers(1, 2049, 20_000).tolist()
+    rows = pack(lengths, 2048)
+    assert sum(lengths) / (2048 * len(rows)) > 0.99
+
+
+def test_held_out_documents_are_the_last_and_never_trained_on(corpus: Corpus) -> None:
+    assert corpus.documents is not None
+    lengths = np.diff(np.load(corpus.documents))
+    for besides, packs in product((0, 1), (False, True)):
+        rows = make_rows(lengths, SEQUENCE, besides, packs)
+        training, held_out = (sorted(n for row in part for n in row) for part in rows)
+        assert training + held_out == [n for n in range(60) if lengths[n] > besides]
+        assert 0.05 <= lengths[held_out].sum() / lengths[lengths > besides].sum() < 0.05 + SEQUENCE / lengths.sum()
+        if not packs:
+            assert all(len(row) == 1 for part in rows for row in part)
+    assert make_rows(np.array([5]), SEQUENCE, 1, False) == ([[0]], [])
+    assert make_rows(np.array([5, 9]), SEQUENCE, 1, False) == ([[0]], [[1]])
+    assert make_rows(np.array([1, 5, 1]), SEQUENCE, 1, True) == ([[1]], [])
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("documents", ["padded", "packed"])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_holds_whole_documents_and_predicts_inside_of_each(
+    corpus: Corpus, documents: str, held_out: bool
+) -> None:
+    config, seen = configure(documents), Counter[int]()
+    samples = (HeldOutSamples if held_out else CorpusSamples)(config, corpus)
+    for number in range(config.train.eval_samples if held_out else 60):
+        inputs, targets = samples.sample(3, number)
+        first = 0
+        for length in samples.lengths(3, number):
+            own = slice(first, first + length)
+            which = int(inputs[first]) // 10
+            whole = document(corpus, which)
+            assert [*inputs[own], targets[own.stop - 1]] == whole
+            assert [whole[0], *targets[own]] == whole
+            seen[which] += 1
+            first += length
+        assert (inputs[first:] == 0).all()
+        assert (targets[first:] == IGNORE_INDEX).all()
+    others = (CorpusSamples if held_out else HeldOutSamples)(config, corpus)
+    assert not set(seen) & {int(others.sample(3, n).inputs[0]) // 10 for n in range(config.train.eval_samples)}
+    most = max(len(samples.lengths(3, n)) for n in range(20))
+    assert (most == 1) if documents == "padded" else (most > 1 or held_out)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_cut_text_is_the_windows_it_was(corpus: Corpus, objective: str) -> None:
+    config = configure("cut", objective)
+    samples, tokens = CorpusSamples(config, corpus), np.load(str(corpus.path))
+    for number in range(5):
+        inputs, targets = samples.sample(2, number)
+        if objective == "causal":
+            (start,) = [k for k in range(len(tokens) - SEQUENCE) if (tokens[k : k + SEQUENCE] == inputs).all()]
+            assert (tokens[start + 1 : start + SEQUENCE + 1] == targets).all()
+        assert samples.lengths(2, number) == [SEQUENCE]
+    assert len(samples.sample(0, 0).inputs) == SEQUENCE
+
+
+@pytest.mark.parametrize("documents", ["cut", "padded", "packed"])
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_samples_depend_on_seed_step_and_number_alone(corpus: Corpus, documents: str, objective: str) -> None:
+    """Layouts and micro-batches deal the same rows out differently, documents among them."""
+    batches, tables = [], []
+    for size, dp in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        layout = f"train.micro_batch_size={size}", f"parallel.dp={dp}", "train.global_batch_size=8"
+        config = configure(documents, objective, *layout)
+        samples = CorpusSamples(config, corpus)
+        rows: dict[int, Any] = {}
+        weights = set()
+        for rank in range(dp):
+            find = documents_of(config, samples)
+            for k, (tokens, (targets, weight)) in enumerate(step_micro_batches(config, samples, rank, step=5)):
+                weights.add(float(weight) / (config.num_micro_batches * dp))
+                table = None if find is None else find(5, k, rank)
+                for row in range(size):
+                    number = (k * dp + rank) * size + row
+                    rows[number] = tokens[row].tolist(), targets[row].tolist()
+                    tables.append((number, None if table is None else tuple(table[row].tolist())))
+        assert len(weights) == 1
+        batches.append(([rows[n] for n in range(8)], 1 / weights.pop()))
+        assert batches[-1] == batches[0]
+        assert batches[0][1] == pytest.approx(sum(t != IGNORE_INDEX for _, targets in batches[0][0] for t in targets))
+    assert len(set(tables)) == 8
+    other = CorpusSamples(configure(documents, objective, "train.seed=2"), corpus)
+    assert [other.sample(5, n).inputs.tolist() for n in range(8)] != [inputs for inputs, _ in batches[0][0]]
+    assert [samples.sample(6, n).inputs.tolist() for n in range(8)] != [inputs for inputs, _ in batches[0][0]]
+
+
+@pytest.mark.parametrize("documents", ["padded", "packed"])
+def test_the_layers_are_told_of_documents_where_a_mask_is_needed(corpus: Corpus, documents: str) -> None:
+    for objective in ("causal", "masked"):
+        config = configure(documents, objective, "train.micro_batch_size=2")
+        samples, context = CorpusSamples(config, corpus), PassContext()
+        tell_documents(context, config, samples)
+        assert (context.documents is None) == (documents == "padded" and objective == "causal")
+        assert context.shares is not None
+        lengths = [samples.lengths(1, number) for number in (2, 3)]
+        assert context.shares(1, 1, 0) == sum(map(sum, lengths)) / (2 * SEQUENCE)
+        if context.documents is not None:
+            table = context.documents(1, 1, 0)
+            for row, own in zip(table.tolist(), lengths, strict=True):
+                expected = [k for k, n in enumerate(own) for _ in range(n)]
+                assert row == expected + [len(own)] * (SEQUENCE - len(expected))
+    context = PassContext()
+    cut = configure("cut")
+    tell_documents(context, cut, CorpusSamples(cut, corpus))
+    assert context.documents is context.shares is None
+
+
+def test_the_load_of_a_step(corpus: Corpus) -> None:
+    config = configure("packed", "causal", "train.global_batch_size=4")
+    samples = CorpusSamples(config, corpus)
+    lengths = [n for number in range(4) for n in samples.lengths(1, number)]
+    assert load_of(config, samples, 1) == Load(sum(lengths), sum(n * n for n in lengths))
+    assert load_of(configure("cut"), CorpusSamples(configure("cut"), corpus), 0) == Load(8 * 16, 8 * 16 * 16)
+
+
+# --- random tokens
+
+
+@pytest.mark.parametrize("documents", ["padded", "packed"])
+def test_random_documents_are_of_every_length(documents: str) -> None:
+    config = configure(documents, "causal", "data=synthetic")
+    samples = CorpusSamples(config, Corpus(None, 0, "int64", "", "", num_ids=901))
+    lengths = [samples.lengths(0, number) for number in range(2000)]
+    assert all(0 < sum(row) <= SEQUENCE for row in lengths)
+    if documents == "padded":
+        counts = np.bincount([row[0] for row in lengths], minlength=SEQUENCE + 1)[1:]
+        assert ((counts - 125) ** 2 / 125).sum() < 37.7  # chi-square of 15 degrees of freedom: p > 0.001
+    else:
+        assert np.mean([sum(row) for row in lengths]) > SEQUENCE * 0.6
+    inputs, targets = samples.sample(0, 1)
+    first = 0
+    for length in lengths[1]:  # each has its own last target
+        assert (inputs[first + 1 : first + length] == targets[first : first + length - 1]).all()
+        first += length
+    held_out = HeldOutSamples(config, Corpus(None, 0, "int64", "", "", num_ids=901))
+    assert held_out.sample(0, 1).inputs.tolist() == held_out.sample(9, 1).inputs.tolist() != inputs.tolist()
+    assert held_out.lengths(0, 10**6) == []
+    assert held_out.num_valid_targets(0) == sum(
+        int((held_out.sample(0, n).targets >= 0).sum()) for n in range(config.train.eval_samples)
+    )
+
+
+# --- masks
+
+
+def masked(corpus: Corpus, count: int, documents: str = "cut") -> list[tuple[Sample, Sample]]:
+    """Rows as they are, and masked."""
+    config, plain = configure(documents, "masked"), []
+    masks = Masks(config, corpus)
+    samples = CorpusSamples(config, corpus)
+    for number in range(count):
+        after = samples.sample(0, number)
+        tokens = np.where(after.targets != IGNORE_INDEX, after.targets, after.inputs)
+        valid = np.arange(SEQUENCE) < sum(samples.lengths(0, number))
+        before = Sample(np.where(valid, tokens, 0), np.where(valid, tokens, IGNORE_INDEX))
+        again = masks(before, 0, number)
+        assert all((a == b).all() for a, b in zip(after, again, strict=True))
+        plain.append((before, after))
+    return plain
+
+
+def test_shares_of_what_is_masked(corpus: Corpus) -> None:
+    """15 % of the positions, of which 80 % are masks, 10 % random and 10 % as they were: within 4 deviations."""
+    pairs = masked(corpus, 2000)
+    kinds = Counter[str]()
+    for before, after in pairs:
+        for token, shown, target in zip(before.targets, after.inputs, after.targets, strict=True):
+            kinds["eligible"] += int(token) not in SPECIAL
+            if target == IGNORE_INDEX:
+                assert shown == token
+                continue
+            assert target == token
+            assert token not in SPECIAL
+            kinds["chosen"] += 1
+            kinds["mask" if shown == MASK else "same" if shown == token else "random"] += 1
+            assert 0 <= shown <= MASK
+    none = (1 - 0.15) ** SEQUENCE  # rows without any have one more
+    expected = 0.15 * kinds["eligible"] + none * len(pairs)
+    assert abs(kinds["chosen"] - expected) < 4 * math.sqrt(0.15 * 0.85 * kinds["eligible"]) + 0.01 * expected
+    for kind, share in (("mask", 0.8), ("random", 0.1), ("same", 0.1)):
+        deviation = math.sqrt(share * (1 - share) * kinds["chosen"])
+        assert abs(kinds[kind] - share * kinds["chosen"]) < 4 * deviation + kinds["chosen"] / MASK, kind
+
+
+@pytest.mark.parametrize("documents", ["cut", "padded", "packed"])
+def test_every_row_has_something_to_predict_and_no_padding(corpus: Corpus, documents: str) -> None:
+    for before, after in masked(corpus, 300, documents):
+        chosen = after.targets != IGNORE_INDEX
+        eligible = (before.targets != IGNORE_INDEX) & ~np.isin(before.targets, SPECIAL)
+        assert chosen.any() == eligible.any()
+        assert not (chosen & ~eligible).any()
+
+
+def test_a_batch_of_nothing_to_predict_divides_by_one(corpus: Corpus, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.full(40, SPECIAL[0], np.uint16))
+    nothing = Corpus(
+        tmp_path / "tokens.npy", 40, "uint16", "", "", num_ids=MASK, mask_token=MASK, special_tokens=SPECIAL
+    )
+    samples = CorpusSamples(configure("cut", "masked"), nothing)
+    assert samples.num_valid_targets(0) == 1
+    assert (samples.sample(0, 0).targets == IGNORE_INDEX).all()
+
+
+def test_evaluations_mask_the_same(corpus: Corpus) -> None:
+    samples = HeldOutSamples(configure("padded", "masked"), corpus)
+    assert [samples.sample(0, n).targets.tolist() for n in range(4)] == [
+        samples.sample(7, n).targets.tolist() for n in range(4)
+    ]
+
+
+def test_tensors_are_integers(corpus: Corpus) -> None:
+    config = configure("packed", "masked")
+    tokens, (targets, _) = next(step_micro_batches(config, CorpusSamples(config, corpus), 0, 0))
+    assert tokens.dtype == targets.dtype == torch.int64
+
+
+# --- training
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama grouped", "bert"])
+@pytest.mark.parametrize("documents", ["padded", "packed"])
+def test_documents_train_as_on_their_own(corpus: Corpus, name: str, documents: str) -> None:
+    """The loss and every gradient of a step, beside those of each document alone, without any padding."""
+    model = MODELS[name].model_copy(update={"vocab_size": MASK + 1})
+    objective = "causal" if model.causal else "masked"
+    config = configure(documents, objective, "train.global_batch_size=6", "train.micro_batch_size=2")
+    config = config.model_copy(update={"model": model})
+    samples, state = CorpusSamples(config, corpus), random_state(model, dtype=torch.float64)
+    engine = TorchEngine(config, lambda _: 0.0, state.__getitem__, dtype=torch.float64)
+    tell_documents(engine.context, config, samples)
+    found: dict[str, torch.Tensor] = {}
+    engine.observers.append(Before("optimizer", lambda: found.update(engine.gradients())))
+    loss = engine.train_step(step_micro_batches(config, samples, 0, step=0))
+
+    alone = build_layers(model, TensorParallel.single()).double()
+    fill(alone, model, state, TensorParallel.single())
+    total, num_targets = torch.zeros((), dtype=torch.float64), 0
+    for number in range(6):
+        row, first = samples.sample(0, number), 0
+        for length in samples.lengths(0, number):
+            tokens, targets = (torch.from_numpy(part[None, first : first + length]) for part in row)
+            total = total + F.cross_entropy(alone(tokens)[0], targets[0], ignore_index=IGNORE_INDEX, reduction="sum")
+            num_targets += int((targets >= 0).sum())
+            first += length
+    (total / num_targets).backward()
+    assert loss == pytest.approx(float(total) / num_targets, rel=1e-12)
+    for key, parameter in alone.named_parameters():
+        assert parameter.grad is not None
+        assert relative_error(found[key], parameter.grad) < 1e-10 or found[key].abs().max() < 1e-15, key
+
+
+def test_a_mean_of_means_would_be_another_loss(corpus: Corpus) -> None:
+    """What the loss is not: micro-batches of few targets would count as much as those of many."""
+    config = configure("padded", "causal", "train.global_batch_size=8", "train.micro_batch_size=1")
+    counts = [sum(CorpusSamples(config, corpus).lengths(0, number)) for number in range(8)]
+    losses = np.arange(8.0)
+    assert len(set(counts)) > 3
+    batches = step_micro_batches(config, CorpusSamples(config, corpus), 0, 0)
+    weights = [float(weight) for _, (_, weight) in batches]
+    weighted = np.mean([w * loss * n for w, loss, n in zip(weights, losses, counts, strict=True)])
+    assert weighted == pytest.approx(np.average(losses, weights=counts), rel=1e-6)
+    assert weighted != pytest.approx(losses.mean(), rel=1e-2)
