@@ -29,6 +29,7 @@ from harness.record.store import Point, SweepDirectory, environment, write_json
 from harness.run.data import CorpusSamples
 from harness.run.engines.deepspeed.settings import build_deepspeed_config
 from harness.spans.span import Bubble
+from harness.spec.counts import training_flops_per_token
 
 CONTRACT = """point, status, reason, tp, pp, dp, world_size, schedule, micro_batch_size, num_micro_batches,
 global_batch_size, sequence_length, precision, zero_stage, activation_checkpointing, step_seconds, step_seconds_p10,
