@@ -72,8 +72,91 @@ SLIPS = [
         "tests/test_parity.py::test_parity[2]",
         True,
         {
-            "weight_without_dp": ("config.num_micro_batches * dp / samples", "config.num_micro_batches / samples"),
-            "replicas_share_samples": ("(k * dp + dp_rank) * size", "(k + dp_rank) * size"),
+            "weight_without_dp": ("num_micro_batches * config.parallel.dp / samples", "num_micro_batches / samples"),
+            "replicas_share_samples": ("micro_batch * config.parallel.dp + dp_rank", "micro_batch + dp_rank"),
+        },
+    ),
+    *slips(
+        "harness/run/data.py",
+        "tests/test_documents.py",
+        False,
+        {
+            "labels_not_shifted": ("tokens[: len(tokens) - besides], tokens[besides:]", "tokens[:length], tokens"),
+            "special_tokens_are_masked": (" & ~np.isin(tokens, self._special)", ""),
+            "padding_is_masked": ("eligible = (tokens != IGNORE_INDEX) &", "eligible ="),
+            "masks_of_every_step_alike": ('self._seed, step, number, "mask")', 'self._seed, number, "mask")'),
+            "padding_belongs_to_the_last_document": (
+                "np.arange(len(row) + 1), [",
+                "np.minimum(np.arange(len(row) + 1), max(0, len(row) - 1)), [",
+            ),
+            "padded_bidirectional_without_mask": (
+                "if not config.masks_documents:",
+                'if config.data.documents != "packed":',
+            ),
+        },
+    ),
+    *slips(
+        "harness/documents.py",
+        "tests/test_documents.py",
+        False,
+        {
+            "packing_takes_any_place": (
+                "bisect_left(sizes, lengths[number])",
+                "len(sizes) - (bool(sizes) and sizes[-1] >= lengths[number])",
+            ),
+            "held_out_documents_are_trained_on": (
+                "parts = usable[:split], usable[split:]",
+                "parts = usable, usable[split:]",
+            ),
+        },
+    ),
+    *slips(
+        "harness/model/context.py",
+        "tests/test_context.py",
+        False,
+        {
+            "window_one_too_wide": ("seen.triu(1 - window)", "seen.triu(-window)"),
+            "positions_go_on_over_documents": ("places.where(begins, 0).cummax(dim=1).values", "0 * places"),
+            "masks_of_the_pass_before": ("if self._made[0] != current:", "if self._made[0] is None:"),
+        },
+    ),
+    *slips(
+        "harness/model/block.py",
+        "tests/test_model.py -k equals_transformers",
+        False,
+        {
+            "norms_of_heads_after_rotation": (
+                "            query, key = self.query_norm(query), self.key_norm(key)\n",
+                "            query, key = self.key_norm(query), self.query_norm(key)\n",
+            ),
+            "slow_pairs_as_fast": (
+                "wavelength > length / low, frequencies / scaling.factor, frequencies",
+                "wavelength > length / low, frequencies, frequencies",
+            ),
+            "norm_before_the_sum": (
+                "self.attention_norm(hidden + self.attention_dropout(self.attention(hidden)))",
+                "hidden + self.attention_norm(self.attention_dropout(self.attention(hidden)))",
+            ),
+        },
+    ),
+    *slips(
+        "harness/model/layers.py",
+        "tests/test_model.py -k equals_transformers",
+        False,
+        {
+            "embedding_not_scaled": ("hidden * self.scale + self.rows", "hidden + self.rows"),
+            "token_type_of_the_second_kind": ("hidden + self.weight[0]", "hidden + self.weight[1]"),
+            "gelu_is_approximate": ('"gelu": F.gelu,', '"gelu": partial(F.gelu, approximate="tanh"),'),
+            "exact_gelu": ('"gelu_tanh": partial(F.gelu, approximate="tanh")', '"gelu_tanh": F.gelu'),
+            "no_bias_of_the_head": ("return logits + self.bias", "return logits"),
+        },
+    ),
+    *slips(
+        "harness/run/engines/deepspeed/engine.py",
+        "tests/test_parity.py::test_parity[2",
+        True,
+        {
+            "norms_of_heads_not_summed": ("(tp.sequence_parallel or table[name].of_heads)", "tp.sequence_parallel"),
         },
     ),
     *slips(
@@ -81,7 +164,6 @@ SLIPS = [
         "tests/test_parity.py::test_parity[1]",
         True,
         {
-            "labels_not_shifted": ("(tokens[:, 1:].contiguous()", "(tokens[:, :-1].contiguous()"),
             "same_samples_every_step": ("config, samples, dp_rank, step)", "config, samples, dp_rank, first_step)"),
         },
     ),
@@ -277,7 +359,6 @@ SLIPS = [
                 "self.attention_norm = build_norm(model.hidden_size, model.norm_epsilon)",
                 "self.attention_norm = build_norm(model.hidden_size)",
             ),
-            "exact_gelu": ('partial(F.gelu, approximate="tanh")', "F.gelu"),
             "gate_and_up_swapped": ("self.activation(gate) * up", "gate * self.activation(up)"),
         },
     ),
@@ -336,7 +417,7 @@ SLIPS = [
         False,
         {
             "flops_twice_forward": ("return 3 * (blocks", "return 2 * (blocks"),
-            "attention_halved": ("// (2 if half else 1)", "// 2"),
+            "attention_halved": ("if causal and model.causal:", "if model.causal:"),
             "head_not_counted": ("return 3 * (blocks + head_forward_flops(model))", "return 3 * blocks"),
         },
     ),
@@ -854,8 +935,8 @@ SLIPS = [
         True,
         {
             "half_of_the_tokens_count": (
-                "return self._config.train.global_batch_size * self._config.train.sequence_length",
-                "return self._config.train.global_batch_size * self._config.train.sequence_length // 2",
+                "return sum(sum(samples.lengths(step, number)) for number in range(count))",
+                "return sum(sum(samples.lengths(step, number)) for number in range(count)) // 2",
             ),
         },
     ),

@@ -134,7 +134,7 @@ def test_where_their_time_goes_is_known(
         ("dtensor", "parallel.tp=4 model=llama_tiny model.num_key_value_heads=2", "use a tp that divides them"),
         ("dtensor", "parallel.tp=2 model.dropout=0.1", "draws no masks, but model.dropout=0.1; use 0"),
         ("dtensor", "parallel.tp=2 model.onednn=true", "computes products as torch does; use model.onednn=null"),
-        ("dtensor", "parallel.tp=2 model=emulated", "has no blocks for model.family=emulated"),
+        ("dtensor", "parallel.tp=2 model=emulated", "has no layers for model.family=emulated"),
         ("dtensor", "parallel.schedule=zb_h1", "splits backward passes, which parallel.engine=dtensor can't"),
         ("ddp", "parallel.tp=2", "parallel.engine=ddp runs data parallelism without ZeRO, not tp=2"),
         ("ddp", "parallel.dp=2 parallel.schedule=gpipe", "not parallel.schedule=gpipe; use 1f1b"),
