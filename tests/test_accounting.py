@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
+from dataclasses import replace
+from itertools import product
+from statistics import fmean
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.analyse.explain import durations, explain
 from harness.plan.simulate import Seconds, simulate
@@ -143,21 +151,24 @@ def test_a_span_outside_the_schedule() -> None:
         account([[span("load", 0, 0, 1), span("load", 0, 1, 2)]], [[("load", 0, 0, -1)]], [2])
 
 
-def explained(seconds: dict[str, Seconds], p: int = 4, m: int = 8) -> dict[str, float]:
+CAUSES = ["ideal", "imbalance", "transfer", "load", "jitter", "host"]
+
+
+def explained(seconds: dict[str, Seconds], p: int = 4, m: int = 8, name: str = "1f1b", v: int = 1) -> dict[str, float]:
     """Causes of a simulated step, checked for what holds in all."""
-    schedule = build_schedule("1f1b", p, m)
+    schedule = build_schedule(name, p, m, v)
     stages = simulate(schedule, seconds)
     explanation = explain(stages, schedule)
     measured = measured_bubble([[activity(spans)] for spans in stages])
     assert explanation.measured == measured
-    assert explanation.ideal.fraction == pytest.approx(ideal_bubble_fraction("1f1b", p, m))
+    assert explanation.ideal.fraction == pytest.approx(ideal_bubble_fraction(name, p, m, v))
     assert sum(explanation.causes_seconds.values()) == pytest.approx(measured.seconds)
     assert sum(explanation.causes_percent.values()) == pytest.approx(100 * measured.fraction)
-    assert list(explanation.causes_seconds) == ["ideal", "imbalance", "transfer", "jitter", "host"]
+    assert list(explanation.causes_seconds) == CAUSES
     return {cause: round(seconds, 6) for cause, seconds in explanation.causes_seconds.items()}
 
 
-NONE = {"imbalance": 0, "transfer": 0, "jitter": 0, "host": 0}
+NONE = dict.fromkeys(CAUSES[1:], 0.0)
 
 
 def test_equal_stages_have_fill_and_drain_only() -> None:
@@ -185,7 +196,86 @@ def test_a_slow_link_is_transfer() -> None:
     assert explained(seconds) == NONE | {"ideal": 9, "transfer": longer}
 
 
-def test_a_slow_micro_batch_is_jitter_and_loading_is_host() -> None:
+FACTORS = [1.0, 0.5, 2.0, 0.25, 1.0, 1.25]
+"""What is to do in each micro-batch."""
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_micro_batches_of_different_length_are_load(p: int) -> None:
+    """Jobs that take each of p machines f_k, one after the other, are done after sum(f) + (p-1) max(f)."""
+    forward, backward = ([seconds * factor for factor in FACTORS] for seconds in (1, 2))
+    causes = explained({"forward": [forward] * p, "backward": [backward] * p}, p, len(FACTORS), "gpipe")
+    ideal = (p - 1) * 3 * fmean(FACTORS)
+    assert causes == NONE | {"ideal": ideal, "load": (p - 1) * 3 * max(FACTORS) - ideal}
+
+
+@pytest.mark.parametrize(("name", "v"), [("1f1b", 1), ("interleaved", 2)])
+def test_load_of_unequal_stages_and_chunks_is_no_jitter(name: str, v: int) -> None:
+    def seconds(kind: int) -> Seconds:
+        return [[[kind * (stage + 2 * chunk + 1) * f for f in FACTORS] for chunk in range(v)] for stage in range(2)]
+
+    causes = explained({"forward": seconds(1), "backward": seconds(2), "send_activation": 0.125}, 2, 6, name, v)
+    assert min(abs(causes[cause]) for cause in ("imbalance", "transfer", "load")) > 0.1
+    assert (causes["jitter"], causes["host"]) == (0, 0)
+
+
+def test_single_passes_are_jitter_but_for_their_share_of_a_micro_batch() -> None:
+    """Each stage is slower by d in one micro-batch: all of them are on the way of m + p - 1 passes to the end."""
+    p, m, d = 4, 8, 0.5
+    forward = [[1 + d * (stage == k) for k in range(m)] for stage in range(p)]
+    causes = explained({"forward": forward, "backward": 2}, p, m, "gpipe")
+    mean = 1 + d / m
+    load = (p - 1) * (1 + d / p - mean)
+    bubble = (p - 1) * 2 + (m + p - 1 + p * d) - m * mean
+    ideal = (p - 1) * (mean + 2)
+    assert causes == NONE | {"ideal": ideal, "load": load, "jitter": bubble - ideal - load}
+    assert causes["jitter"] > causes["load"]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    schedule=st.sampled_from(
+        [build_schedule("1f1b", 3, 5), build_schedule("interleaved", 2, 4, 2), build_schedule("zb_h1", 3, 4)]
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_load_by_its_definition(schedule: Schedule, seed: int) -> None:
+    p, v, m = len(schedule.stages), schedule.num_chunks, schedule.num_micro_batches
+    stages, chunks, micro_batches = range(p), range(v), range(m)
+    random_ = random.Random(seed)
+    single = {
+        kind: [[[random_.uniform(0.5, 2) for _ in micro_batches] for _ in chunks] for _ in stages]
+        for kind in schedule.computes
+    }
+    loaded = defaultdict[str, list[list[list[float]]]](list)
+    for kind, table in single.items():
+        ratios = [[table[s][c][k] / fmean(table[s][c]) for s, c in product(stages, chunks)] for k in micro_batches]
+        loaded[kind] = [
+            [[fmean(table[s][c]) * fmean(ratios[k]) for k in micro_batches] for c in chunks] for s in stages
+        ]
+    explanation = explain(simulate(schedule, single), schedule)
+    bubble = measured_bubble([[activity(spans)] for spans in simulate(schedule, loaded)])
+    rounded = 1e-9 * 3 * m * p * v
+    up_to_load = [explanation.causes_seconds[cause] for cause in CAUSES[: CAUSES.index("load") + 1]]
+    assert sum(up_to_load) == pytest.approx(bubble.seconds, abs=rounded)
+    assert sum(explanation.causes_seconds.values()) == pytest.approx(explanation.measured.seconds)
+
+
+def test_means_are_of_the_passes_there_are() -> None:
+    """Equal passes of which some are split and some whole have no cause but the schedule."""
+    whole = build_schedule("gpipe", 2, 4)
+    halves = {("backward", 0): ("backward_input", "backward_weight")}
+    stages = [
+        [i._replace(kind=kind) for i in stage for kind in halves.get((i.kind, i.micro_batch), (i.kind,))]
+        for stage in whole.stages
+    ]
+    schedule = replace(whole, stages=stages)
+    spans = simulate(schedule, {"forward": 1, "backward": 2, "backward_input": 1, "backward_weight": 1})
+    explanation = explain(spans, schedule)
+    assert explanation.causes_seconds == pytest.approx(NONE | {"ideal": 3})
+
+
+def test_slow_passes_are_jitter_and_loading_is_host() -> None:
     uneven = [[1.0 + 0.5 * (stage == k % 4) for k in range(8)] for stage in range(4)]
     schedule = build_schedule("1f1b", 4, 8)
     simulated = explain(simulate(schedule, {"forward": uneven, "backward": 2}), schedule).simulated

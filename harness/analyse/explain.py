@@ -6,10 +6,14 @@ what was measured:
     ideal      equal passes (the mean forward and backward of all), free transfers: fill and drain
     imbalance  + the mean forward and backward of each chunk of each stage
     transfer   + every link's mean transfer time
-    jitter     + the durations of the single micro-batches
+    load       + what micro-batches have more or less to do than others: each of them lengthens its forwards, and its
+               backwards, by one factor on all stages and chunks, the mean of duration / mean of that chunk's
+    jitter     + the durations of the single passes and transfers
     host       the measured step: what no simulation holds, loading data and gaps between instructions
 
-A cause can be negative: variation of durations sometimes helps. Together they are the measured bubble.
+A cause can be negative: variation of durations sometimes helps. Together they are the measured bubble. Of p stages with
+v chunks, a pass that is slow by itself moves its micro-batch's factor by 1 / (p v) of that: with few stages and many
+slow passes, jitter shows as load, too.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.plan.simulate import simulate
-from harness.spans.span import COMPUTE_KINDS, RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble, transfers
+from harness.spans.span import RECEIVE_OF_SEND, Bubble, Span, activity, measured_bubble, transfers
 from harness.spec.schedules import Schedule
 
 Table = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class BubbleExplanation:
     """Of the measured mean durations of stages and transfers."""
     measured: Bubble
     causes_seconds: dict[str, float]
-    """ideal, imbalance, transfer, jitter and host: mean idle seconds of a stage; the sum is the measured bubble."""
+    """From ideal to host: mean idle seconds of a stage; the sum is the measured bubble."""
     total_seconds: float
     """T: from the first forward's start to the last backward's end."""
 
@@ -58,24 +63,28 @@ def explain(stages: Sequence[Sequence[Span]], schedule: Schedule) -> BubbleExpla
         ValueError: computations of the schedule have no span.
     """
     single = durations(stages, schedule)
-    computing = {kind: table for kind, table in single.items() if kind in COMPUTE_KINDS}
-    shape = next(iter(computing.values())).shape
-    per_chunk = {kind: np.broadcast_to(table.mean(axis=2, keepdims=True), shape) for kind, table in single.items()}
-    equal = {kind: np.full(shape, table.mean()) for kind, table in computing.items()}
+    there = _passes(schedule)
+    equal = {kind: _mean(single[kind], there[kind], (0, 1, 2)) for kind in there}
+    of_chunks = {kind: _mean(single[kind], there[kind], (2,)) for kind in there}
+    loaded = {kind: of_chunks[kind] * _loads(single[kind], there[kind]) for kind in there}
+    links = {kind: table.mean(axis=2, keepdims=True) for kind, table in single.items() if kind not in there}
 
     def bubble_of(seconds: Mapping[str, Table]) -> Bubble:
-        return _bubble(simulate(schedule, {kind: table.tolist() for kind, table in seconds.items()}))
+        shape = next(iter(there.values())).shape
+        whole = {kind: np.broadcast_to(table, shape).tolist() for kind, table in seconds.items()}
+        return _bubble(simulate(schedule, whole))
 
     bubbles = {
         "ideal": bubble_of(equal),
-        "imbalance": bubble_of({kind: per_chunk[kind] for kind in computing}),
-        "transfer": bubble_of(per_chunk),
+        "imbalance": bubble_of(of_chunks),
+        "transfer": bubble_of(of_chunks | links),
+        "load": bubble_of(loaded | links),
         "jitter": bubble_of(single),
         "host": _bubble(stages),
     }
     before = [0.0, *(bubble.seconds for bubble in bubbles.values())]
     causes = {cause: bubble.seconds - less for (cause, bubble), less in zip(bubbles.items(), before, strict=False)}
-    total = bubbles["host"].seconds + sum(table.sum() for table in computing.values()) / len(stages)
+    total = bubbles["host"].seconds + sum(single[kind].sum() for kind in there) / len(stages)
     return BubbleExplanation(bubbles["ideal"], bubbles["transfer"], bubbles["host"], causes, float(total))
 
 
@@ -105,6 +114,29 @@ def durations(stages: Sequence[Sequence[Span]], schedule: Schedule) -> dict[str,
             seconds = (receive.end_ns - send.start_ns) / 1e9
             messages[send.kind][sender, send.chunk, send.micro_batch] = seconds
     return tables | {kind: _filled(table) for kind, table in messages.items()}
+
+
+def _passes(schedule: Schedule) -> dict[str, Mask]:
+    """Which passes there are, as `durations`: a schedule may split the backward passes of some micro-batches only."""
+    shape = (len(schedule.stages), schedule.num_chunks, schedule.num_micro_batches)
+    there = {kind: np.zeros(shape, dtype=np.bool_) for kind in schedule.computes}
+    for stage, instructions in enumerate(schedule.stages):
+        for kind, micro_batch, chunk, _ in instructions:
+            if kind in there:
+                there[kind][stage, chunk, micro_batch] = True
+    return there
+
+
+def _loads(table: Table, there: Mask) -> Table:
+    """Factor of each micro-batch that all stages and chunks share, [1, 1, micro-batch]."""
+    means = _mean(table, there, (2,))
+    return _mean(np.divide(table, means, out=there.astype(float), where=means > 0), there, (0, 1))
+
+
+def _mean(table: Table, there: Mask, axes: tuple[int, ...]) -> Table:
+    """Over the passes that there are, axes kept; 0 where there is none."""
+    total, number = (values.sum(axis=axes, keepdims=True) for values in (table, there))
+    return np.asarray(total / np.maximum(number, 1))
 
 
 def _filled(table: Table) -> Table:

@@ -34,7 +34,7 @@ EMULATED = (
     "parallel.pp=4", "data=synthetic", "train.sequence_length=16", "train.micro_batch_size=1",
     "train.global_batch_size=8", "launch.max_ranks_per_core=8",
 )  # fmt: skip
-CAUSES = ("ideal", "imbalance", "transfer", "jitter", "host")
+CAUSES = ("ideal", "imbalance", "transfer", "load", "jitter", "host")
 """Of the bubble."""
 
 
