@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from harness.analyse.finish import Finishing, start_pictures, write_pictures
 from harness.errors import ConfigError
 from harness.plan.simulate import simulate
 from harness.record.store import Attempt, SweepDirectory, read_json
+from harness.record.summary import bubble_lines
 from harness.spans.accounting import PARTS, Accounting
 from harness.spans.clock import ClockOffset
 from harness.spans.files import SpanWriter
 from harness.spans.perfetto import trace_problems
-from harness.spans.span import STEP, Span
+from harness.spans.span import STEP, Span, activity
 from harness.spec.config import RunConfig
 from harness.spec.schedules import build_schedule
 from harness.spec.topology import Topology
@@ -33,9 +35,11 @@ SECONDS = {"forward": [0.01, 0.02], "backward": [0.02, 0.04], "send_activation":
 OVERRIDES = ("parallel.pp=2", "parallel.tp=2", "train.steps=5", "tracking.trace_steps=[4,5]")
 
 
-def simulated_run(tmp_path: Path, dropped: str | None = None) -> tuple[Attempt, RunConfig]:
-    """An attempt whose ranks executed a simulated schedule, without one kind of instruction."""
-    attempt = record_attempt(SweepDirectory(tmp_path, "s"), *OVERRIDES)
+def simulated_run(
+    tmp_path: Path, dropped: str | None = None, overrides: Sequence[str] = OVERRIDES
+) -> tuple[Attempt, RunConfig]:
+    """An attempt whose ranks executed a simulated schedule, without one kind of instruction; replica 1 half as fast."""
+    attempt = record_attempt(SweepDirectory(tmp_path, "s"), *overrides)
     config = attempt.config()
     parallel = config.parallel
     topology = Topology(pp=parallel.pp, dp=parallel.dp, tp=parallel.tp)
@@ -47,7 +51,8 @@ def simulated_run(tmp_path: Path, dropped: str | None = None) -> tuple[Attempt, 
         for step in range(3, 6):
             spans = simulate(schedule, SECONDS, step=step)[place.pp]
             shift = ahead + step * 10**9
-            moved = [s._replace(start_ns=s.start_ns + shift, end_ns=s.end_ns + shift) for s in spans]
+            slow = 1 + place.dp
+            moved = [s._replace(start_ns=slow * s.start_ns + shift, end_ns=slow * s.end_ns + shift) for s in spans]
             whole = Span(step, STEP, -1, moved[0].start_ns, moved[-1].end_ns)
             writer.write([*(span for span in moved if span.kind != dropped), whole])
         writer.close(ClockOffset(10**10, -ahead, 1))
@@ -67,8 +72,23 @@ def test_every_millisecond_of_a_run_has_a_part_and_the_bubble_has_causes(tmp_pat
     assert bubble["ideal"]["fraction"] == pytest.approx(1 / 9)
     assert bubble["simulated"]["fraction"] == pytest.approx(bubble["measured"]["fraction"])
     assert bubble["causes_seconds"]["imbalance"] > bubble["causes_seconds"]["transfer"] > 0
-    assert bubble["causes_seconds"]["jitter"] == pytest.approx(0, abs=1e-9)
+    for cause in ("load", "jitter"):
+        assert bubble["causes_seconds"][cause] == pytest.approx(0, abs=1e-9)
     assert sum(bubble["causes_percent"].values()) == pytest.approx(100 * bubble["measured"]["fraction"])
+
+
+def test_a_replica_waits_for_the_latest_besides_its_bubble(tmp_path: Path) -> None:
+    attempt, config = simulated_run(tmp_path / "two", overrides=("parallel.pp=2", "parallel.dp=2", "train.steps=5"))
+    bubble = breakdown(read_run(attempt, config))["bubble"]
+    stages = simulate(build_schedule("1f1b", 2, config.num_micro_batches), SECONDS)
+    ends = max(activity(spans).last_backward_end_ns for spans in stages) / 1e9
+    assert bubble["replica_wait_seconds"] == pytest.approx((2 * ends - ends) / 2)
+    assert sum(bubble["causes_seconds"].values()) == pytest.approx(bubble["explained"]["seconds"])
+    wait = f"{bubble['replica_wait_seconds'] * 1e3:.1f} ms a replica waits for the latest"
+    assert wait in "".join(bubble_lines(bubble))
+    one = breakdown(read_run(*simulated_run(tmp_path / "one")))["bubble"]
+    assert one["replica_wait_seconds"] is None
+    assert "replica" not in "".join(bubble_lines(one))
 
 
 @pytest.mark.parametrize("kind", ["load", "send_activation", "recv_gradient", "optimizer"])

@@ -20,6 +20,7 @@ from harness.spans.span import (
     bubble_of_step,
     measured_bubble,
     median_bubble,
+    replica_wait_seconds,
 )
 from harness.spec.schedules import ideal_bubble_fraction, ideal_bubble_overhead
 
@@ -117,6 +118,16 @@ def test_replicas_have_a_mean_bubble_and_a_run_the_median_of_its_steps() -> None
     assert bubble_of_step([replica(5), replica(2)]) == Bubble(pytest.approx(0.65), pytest.approx(2.5), 6.5)
     steps = [Bubble(0.1, 3.0, 2.0), Bubble(0.3, 1.0, 1.0), Bubble(0.2, 2.0, 4.0)]
     assert median_bubble(steps) == Bubble(0.2, 2.0, 2.0)
+
+
+def test_replicas_wait_for_the_last_backward_of_all() -> None:
+    def stage(*ends: int) -> list[StageActivity]:
+        return [StageActivity(0, end * SECOND, 1.0, 2.0) for end in ends]
+
+    # The first stage ends last, and of that the slowest tensor-parallel rank.
+    replicas = [[stage(9, 10), stage(7, 7)], [stage(16, 13), stage(12, 12)], [stage(12, 12), stage(11, 9)]]
+    assert replica_wait_seconds(replicas) == pytest.approx((6 + 0 + 4) / 3)
+    assert replica_wait_seconds(replicas[:1]) is None
 
 
 def test_one_busy_stage_has_no_bubble() -> None:

@@ -16,7 +16,15 @@ from harness.analyse.explain import BubbleExplanation, explain
 from harness.record.store import Attempt, read_jsonl
 from harness.spans.accounting import PARTS, Accounting, account
 from harness.spans.files import SpanFile, aligned, read_spans
-from harness.spans.span import Bubble, activity, as_dict, bubble_of_step, median_bubble
+from harness.spans.span import (
+    Bubble,
+    StageActivity,
+    activity,
+    as_dict,
+    bubble_of_step,
+    median_bubble,
+    replica_wait_seconds,
+)
 from harness.spec.config import RunConfig
 from harness.spec.engines import engine_kind
 from harness.spec.schedules import Schedule, schedule_of
@@ -61,9 +69,9 @@ class RunSpans:
         """The files of ranks that pass micro-batches to each other, by stage, for each replica and tp rank."""
         return [[self.files[rank] for rank in pipeline] for pipeline in self.topology.pipelines()]
 
-    def bubble(self, step: int) -> Bubble:
-        """The measured bubble of a step."""
-        return bubble_of_step(self.topology.arranged([activity(file.instructions(step)) for file in self.files]))
+    def activities(self, step: int) -> list[list[list[StageActivity]]]:
+        """What the ranks did in a step, by [replica][stage][tensor-parallel rank]."""
+        return self.topology.arranged([activity(file.instructions(step)) for file in self.files])
 
 
 def read_run(attempt: Attempt, config: RunConfig) -> RunSpans:
@@ -90,7 +98,8 @@ def breakdown(run: RunSpans, bubbles: Sequence[Bubble] | None = None) -> dict[st
     """`accounting` and `bubble` of result.json: means over timed steps, replicas and tensor-parallel ranks.
 
     But `measured` in `bubble` is the median over all timed steps, as in the run's row; `explained` is the mean over the
-    steps that were looked into, whose causes add up to it. Both are None when no timed step was kept.
+    steps that were looked into, whose causes add up to it. `replica_wait_seconds` is the mean over them, too, None with
+    one replica; it is no part of the bubble. `accounting` and `bubble` are None when no timed step was kept.
 
     Args:
         bubbles: measured, of all timed steps; those of the steps with spans where they are not known otherwise.
@@ -109,11 +118,15 @@ def breakdown(run: RunSpans, bubbles: Sequence[Bubble] | None = None) -> dict[st
             for stage, accounting in enumerate(account(stages, schedule.stages, whole, WAITING_KINDS)):
                 accounts[stage].append(accounting)
             explanations.append(explain(stages, schedule))
+    waits = [wait for step in steps if (wait := replica_wait_seconds(run.activities(step))) is not None]
     return {
         "accounting": [_mean_accounting(stage, of_stage) for stage, of_stage in enumerate(accounts)] if steps else None,
         "bubble": {
             **_mean_explanation(explanations),
-            "measured": as_dict(median_bubble(bubbles or [run.bubble(step) for step in run.timed_steps])),
+            "measured": as_dict(
+                median_bubble(bubbles or [bubble_of_step(run.activities(step)) for step in run.timed_steps])
+            ),
+            "replica_wait_seconds": fmean(waits) if waits else None,
         }
         if steps
         else None,

@@ -73,10 +73,12 @@ def bubble_lines(bubble: dict[str, Any] | None) -> list[str]:
     """What the bubble would be and what it consists of; nothing where no step was looked into."""
     if bubble is None:
         return []
+    wait = bubble["replica_wait_seconds"]
     causes = ", ".join(f"{cause} {percent:z.1f}%" for cause, percent in bubble["causes_percent"].items())
     return [
         f"            {bubble['simulated']['fraction']:z.1%} simulated from the measured durations",
         f"            {causes}",
+        *([] if wait is None else [f"            {wait * 1e3:.1f} ms a replica waits for the latest, besides"]),
     ]
 
 

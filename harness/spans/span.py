@@ -148,6 +148,20 @@ def median_bubble(steps: Sequence[Bubble]) -> Bubble:
     )
 
 
+def replica_wait_seconds(replicas: Sequence[Sequence[Sequence[StageActivity]]]) -> float | None:
+    """What a replica waits for the latest one, from the end of its last backward to that of the latest: their mean.
+
+    None for a single one.
+
+    Args:
+        replicas: as in `bubble_of_step`, on one clock.
+    """
+    if len(replicas) == 1:
+        return None
+    ends = [max(rank.last_backward_end_ns for stage in stages for rank in stage) for stages in replicas]
+    return sum(max(ends) - end for end in ends) / len(ends) / 1e9
+
+
 class Transfer(NamedTuple):
     """One message between two stages: the span of either end."""
 
