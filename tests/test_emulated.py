@@ -10,8 +10,10 @@ from helpers import MACHINE, make_config
 
 from harness.errors import ConfigError
 from harness.model.assembly import build_layers
+from harness.model.context import PassContext
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
+from harness.model.weight_gradients import WeightGradients, add_gradients
 from harness.model.weights import initialize
 from harness.record.sources import is_oversubscribed
 from harness.spec.config import EmulatedModel, RunConfig
@@ -61,6 +63,32 @@ def test_a_block_takes_its_time_forward_and_backward() -> None:
     assert block.weight.grad is not None
     assert moments[1] - moments[0] >= 0.03
     assert moments[2] - moments[1] >= 0.06
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_pass_takes_the_share_that_is_no_padding(splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also backward, though the context is at another micro-batch by then."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    shares = {(7, 0, 2): 0.25, (7, 1, 2): 0.5}
+    context = PassContext(dp_rank=2)
+    context.shares = lambda *place: shares[place]
+    later = WeightGradients() if splits else None
+    block = EmulatedBlock(emulated(), TensorParallel.single(later), False, context=context)
+    torch.nn.init.zeros_(block.weight)
+    outputs = []
+    for micro_batch in (0, 1):
+        context.forward_pass = (7, micro_batch)
+        outputs.append(block(torch.ones(1, 4, 64)))
+    assert waits == [0.25 * 0.01, 0.5 * 0.01]
+    for output, share in zip(outputs, (0.25, 0.5), strict=True):
+        waits.clear()
+        output.sum().backward()
+        assert waits == [share * 0.02 / (2 if splits else 1)]
+    if later is not None:
+        waits.clear()
+        add_gradients(later.take())
+        assert waits == [0.25 * 0.01, 0.5 * 0.01]
 
 
 def test_jitter_is_the_same_in_every_layout() -> None:

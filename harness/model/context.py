@@ -18,6 +18,9 @@ Documents = Callable[[int, int, int], Tensor]
 """(step, micro-batch, data-parallel rank) -> [batch, sequence]: which document of its row a position belongs to,
 counted from 0; what is behind the last one has a number of its own."""
 
+Shares = Callable[[int, int, int], float]
+"""(step, micro-batch, data-parallel rank) -> which share of its positions is no padding."""
+
 
 def stream_seed(*key: object) -> int:
     """Seed of a random stream: 63 bits, a function of `key` alone."""
@@ -35,10 +38,15 @@ class PassContext:
         """Step and micro-batch, set before each forward pass."""
         self.documents: Documents | None = None
         """None: a row is one sequence."""
-        self.shares: Callable[[int, int, int], float] | None = None
-        """Of the same arguments: the share of positions that are no padding; None: all."""
+        self.shares: Shares | None = None
+        """None: there is no padding."""
         self._made: tuple[object, dict[object, Tensor]] = None, {}
         """What the layers of one pass share, and of which."""
+
+    @property
+    def share(self) -> float:
+        """Of this pass's positions that are no padding."""
+        return 1.0 if self.shares is None else self.shares(*self.forward_pass, self.dp_rank)
 
     def stream(self, place: str, device: torch.device) -> AbstractContextManager[None]:
         """What torch draws inside comes from the stream of `place`; its generator is left as it was found."""

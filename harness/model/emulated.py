@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class EmulatedBlock(TransformerBlock):
     """Adds a learned vector [hidden], and takes a set time for it, forward and backward.
 
     The waits are a sequence of the block's own, the same in every layout. Half of a backward wait belongs to the
-    weights where a schedule computes their gradients later.
+    weights where a schedule computes their gradients later. Of a micro-batch with padding a pass takes the share that
+    is none, forward and backward, as kernels that skip padding would.
     """
 
     factor: float = 1.0
@@ -49,20 +51,25 @@ class EmulatedBlock(TransformerBlock):
     def _wait(self, seconds: float) -> None:
         time.sleep(seconds * self.factor * (1 + self._model.jitter * self._random.uniform(-1, 1)))
 
-    def wait_forward(self) -> None:
-        """Take the time of a forward pass."""
-        self._wait(self._model.forward_seconds)
+    def wait_forward(self, share: float) -> None:
+        """Take the time of a forward pass.
 
-    def wait_backward(self) -> None:
-        """Take the time of a backward pass, or of its first half."""
+        Args:
+            share: of the positions of its micro-batch that are no padding.
+        """
+        self._wait(self._model.forward_seconds * share)
+
+    def wait_backward(self, share: float) -> None:
+        """Take the time of a backward pass, or of its first half; `share` as in `wait_forward`."""
+        seconds = self._model.backward_seconds * share
         if self.later is None:
-            self._wait(self._model.backward_seconds)
+            self._wait(seconds)
             return
-        self._wait(self._model.backward_seconds / 2)
-        self.later.leave(self._wait_for_weights)
+        self._wait(seconds / 2)
+        self.later.leave(partial(self._wait_for_weights, seconds / 2))
 
-    def _wait_for_weights(self) -> list[Tensor]:
-        self._wait(self._model.backward_seconds / 2)
+    def _wait_for_weights(self, seconds: float) -> list[Tensor]:
+        self._wait(seconds)
         return []
 
 
@@ -77,11 +84,11 @@ def set_stage(module: nn.Module, model: EmulatedModel, stage: int) -> None:
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, block: EmulatedBlock) -> Tensor:
-        ctx.block = block
-        block.wait_forward()
+        ctx.block, ctx.share = block, block.context.share  # by the backward pass, the context is in another forward
+        block.wait_forward(ctx.share)
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.block.wait_backward()
+        ctx.block.wait_backward(ctx.share)
         return gradients[0], None

@@ -133,9 +133,9 @@ class EmulatedModel(Model):
     """A model whose blocks wait for a set time instead of computing; everything around them is real."""
 
     forward_seconds: NonNegativeFloat
-    """Wait of a block in a forward pass."""
+    """Wait of a block in a forward pass of a micro-batch without padding; with padding, of the share that is none."""
     backward_seconds: NonNegativeFloat
-    """Wait of a block in a backward pass."""
+    """Wait of a block in a backward pass, likewise."""
     jitter: Annotated[float, Field(ge=0, le=1)]
     """Each wait is longer or shorter by up to this share of it, evenly distributed."""
     stage_factors: list[PositiveFloat] | None
