@@ -909,6 +909,53 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/analyse/explain.py",
+        "tests/test_accounting.py -k load or there_are",
+        False,
+        {
+            "long_micro_batches_are_jitter": (
+                '"load": bubble_of(loaded | links)',
+                '"load": bubble_of(of_chunks | links)',
+            ),
+            "every_stage_has_its_own_load": ("where=means > 0), there, (0, 1))", "where=means > 0), there, (1,))"),
+            "slow_stages_count_more_for_load": (
+                "    means = _mean(table, there, (2,))\n",
+                "    means = _mean(table, there, (0, 1, 2))\n",
+            ),
+            "passes_that_are_not_there_count": ("for values in (table, there))", "for values in (table, table >= 0))"),
+        },
+    ),
+    *slips(
+        "harness/spans/span.py",
+        "tests/test_spans.py -k replicas_wait",
+        False,
+        {
+            "replicas_end_with_their_last_stage": (
+                "max(rank.last_backward_end_ns for stage in stages for rank in stage) for stages in replicas",
+                "max(rank.last_backward_end_ns for rank in stages[-1]) for stages in replicas",
+            ),
+            "the_latest_replica_does_not_count": (
+                "for end in ends) / len(ends) / 1e9",
+                "for end in ends) / (len(ends) - 1) / 1e9",
+            ),
+        },
+    ),
+    *slips(
+        "harness/model/emulated.py",
+        "tests/test_emulated.py -k share",
+        False,
+        {
+            "backward_waits_for_the_micro_batch_of_now": (
+                "ctx.block.wait_backward(ctx.share)",
+                "ctx.block.wait_backward(ctx.block.context.share)",
+            ),
+            "weights_of_padding_take_time": (
+                "partial(self._wait_for_weights, seconds / 2)",
+                "partial(self._wait_for_weights, self._model.backward_seconds / 2)",
+            ),
+        },
+    ),
+    *slips(
         "harness/analyse/breakdown.py",
         "tests/test_breakdown.py -k spread or residual",
         False,
