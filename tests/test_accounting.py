@@ -261,6 +261,16 @@ def test_load_by_its_definition(schedule: Schedule, seed: int) -> None:
     assert sum(explanation.causes_seconds.values()) == pytest.approx(explanation.measured.seconds)
 
 
+def test_where_all_have_the_same_to_do_there_is_no_load() -> None:
+    schedule = build_schedule("gpipe", 2, 4)
+    spans = simulate(schedule, {"forward": [[1, 2, 1, 1], [1, 2, 1, 1]], "backward": 2})
+    told, untold = explain(spans, schedule), explain(spans, schedule, has_load=False)
+    assert told.causes_seconds["load"] > 0
+    assert list(untold.causes_seconds) == [cause for cause in CAUSES if cause != "load"]
+    both = told.causes_seconds["load"] + told.causes_seconds["jitter"]
+    assert untold.causes_seconds["jitter"] == pytest.approx(both)
+
+
 def test_means_are_of_the_passes_there_are() -> None:
     """Equal passes of which some are split and some whole have no cause but the schedule."""
     whole = build_schedule("gpipe", 2, 4)

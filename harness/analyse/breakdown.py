@@ -117,7 +117,7 @@ def breakdown(run: RunSpans, bubbles: Sequence[Bubble] | None = None) -> dict[st
             whole = [of_step[step] for of_step in seconds]
             for stage, accounting in enumerate(account(stages, schedule.stages, whole, WAITING_KINDS)):
                 accounts[stage].append(accounting)
-            explanations.append(explain(stages, schedule))
+            explanations.append(explain(stages, schedule, has_load=run.config.data.documents != "cut"))
     waits = [wait for step in steps if (wait := replica_wait_seconds(run.activities(step))) is not None]
     return {
         "accounting": [_mean_accounting(stage, of_stage) for stage, of_stage in enumerate(accounts)] if steps else None,

@@ -13,7 +13,7 @@ what was measured:
 
 A cause can be negative: variation of durations sometimes helps. Together they are the measured bubble. Of p stages with
 v chunks, a pass that is slow by itself moves its micro-batch's factor by 1 / (p v) of that: with few stages and many
-slow passes, jitter shows as load, too.
+slow passes, jitter shows as load, too. Where all micro-batches have the same to do, there is no load.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class BubbleExplanation:
         return {cause: 100 * seconds / self.total_seconds for cause, seconds in self.causes_seconds.items()}
 
 
-def explain(stages: Sequence[Sequence[Span]], schedule: Schedule) -> BubbleExplanation:
+def explain(stages: Sequence[Sequence[Span]], schedule: Schedule, has_load: bool = True) -> BubbleExplanation:
     """Explain the bubble of one pipeline in one step.
 
     Args:
         stages: the spans of one rank per stage, on one clock.
         schedule: what these ranks executed.
+        has_load: whether micro-batches have more or less to do than others; else how they differ is jitter.
 
     Raises:
         ValueError: computations of the schedule have no span.
@@ -78,7 +79,7 @@ def explain(stages: Sequence[Sequence[Span]], schedule: Schedule) -> BubbleExpla
         "ideal": bubble_of(equal),
         "imbalance": bubble_of(of_chunks),
         "transfer": bubble_of(of_chunks | links),
-        "load": bubble_of(loaded | links),
+        **({"load": bubble_of(loaded | links)} if has_load else {}),
         "jitter": bubble_of(single),
         "host": _bubble(stages),
     }

@@ -34,7 +34,7 @@ EMULATED = (
     "parallel.pp=4", "data=synthetic", "train.sequence_length=16", "train.micro_batch_size=1",
     "train.global_batch_size=8", "launch.max_ranks_per_core=8",
 )  # fmt: skip
-CAUSES = ("ideal", "imbalance", "transfer", "load", "jitter", "host")
+CAUSES = ("ideal", "imbalance", "transfer", "jitter", "host")
 """Of the bubble."""
 
 
@@ -127,7 +127,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             dist.all_gather_object(of_ranks, tracer.spans(1))
             busy = [activity(spans).busy_seconds for spans in of_ranks]
             found[name]["busy"].append(sum(busy) / len(busy))
-            explained = explain([of_ranks[member] for member in pipeline], schedule)
+            explained = explain([of_ranks[member] for member in pipeline], schedule, has_load=False)
             found[name]["bubble"].append(explained.measured.fraction)
             found[name]["causes"].append(explained.causes_percent)
     return found
