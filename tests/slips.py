@@ -84,6 +84,10 @@ SLIPS = [
             "labels_not_shifted": ("tokens[: len(tokens) - besides], tokens[besides:]", "tokens[:length], tokens"),
             "special_tokens_are_masked": (" & ~np.isin(tokens, self._special)", ""),
             "padding_is_masked": ("eligible = (tokens != IGNORE_INDEX) &", "eligible ="),
+            "nothing_to_predict_in_short_rows": ("if not chosen.any() and eligible.any()", "if False"),
+            "every_token_chosen_is_a_mask": ("chosen & (kind < REPLACED)", "chosen & (kind < 1)"),
+            "evaluations_mask_anew": ("self._count), self._mask, -1, number", "self._count), self._mask, step, number"),
+            "a_row_is_one_document": ("sum(length * length for length in lengths)", "sum(lengths) ** 2"),
             "masks_of_every_step_alike": ('self._seed, step, number, "mask")', 'self._seed, number, "mask")'),
             "padding_belongs_to_the_last_document": (
                 "np.arange(len(row) + 1), [",
@@ -96,6 +100,21 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/run/evaluate.py",
+        "tests/test_documents.py -k evaluation",
+        False,
+        {
+            "evaluated_with_the_documents_of_training": (
+                "        tell_documents(context, self._config, self._samples)\n",
+                "",
+            ),
+            "trains_on_with_the_documents_of_the_evaluation": (
+                "context.documents, context.shares = training",
+                "del training",
+            ),
+        },
+    ),
+    *slips(
         "harness/documents.py",
         "tests/test_documents.py",
         False,
@@ -104,6 +123,7 @@ SLIPS = [
                 "bisect_left(sizes, lengths[number])",
                 "len(sizes) - (bool(sizes) and sizes[-1] >= lengths[number])",
             ),
+            "rows_overflow": ("bisect_left(sizes, lengths[number])", "bisect_left(sizes, lengths[number] - 1)"),
             "held_out_documents_are_trained_on": (
                 "parts = usable[:split], usable[split:]",
                 "parts = usable, usable[split:]",

@@ -20,6 +20,8 @@ from references import MODELS
 
 from harness.corpus import Corpus
 from harness.documents import make_rows, pack
+from harness.errors import ConfigError
+from harness.launch.points import data_identity
 from harness.model.assembly import build_layers
 from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
@@ -37,6 +39,7 @@ from harness.run.data import (
 )
 from harness.run.engines.engine import Before
 from harness.run.engines.torch.engine import TorchEngine
+from harness.run.evaluate import Evaluation
 from harness.spec.config import RunConfig
 
 SEQUENCE = 16
@@ -343,10 +346,73 @@ def test_documents_train_as_on_their_own(corpus: Corpus, name: str, documents: s
             num_targets += int((targets >= 0).sum())
             first += length
     (total / num_targets).backward()
-    assert loss == pytest.approx(float(total) / num_targets, rel=1e-12)
+    assert loss == pytest.approx(total.item() / num_targets, rel=1e-12)
     for key, parameter in alone.named_parameters():
         assert parameter.grad is not None
         assert relative_error(found[key], parameter.grad) < 1e-10 or found[key].abs().max() < 1e-15, key
+
+
+@pytest.mark.parametrize("documents", ["padded", "packed"])
+def test_an_evaluation_has_documents_of_its_own(corpus: Corpus, documents: str) -> None:
+    """Its loss is that of held-out documents on their own, also between two steps, which go on with theirs."""
+    config = configure(documents, "masked", "train.eval_samples=3", "train.micro_batch_size=2", "model.dropout=0")
+    engine = TorchEngine(config, lambda _: 0.0, dtype=torch.float64)
+    samples, held_out = CorpusSamples(config, corpus), HeldOutSamples(config, corpus)
+    tell_documents(engine.context, config, samples)
+    told = engine.context.documents, engine.context.shares
+    losses = [engine.train_step(step_micro_batches(config, samples, 0, 0))]
+    evaluated = Evaluation(config, corpus, engine, rank=0).loss()
+    assert (engine.context.documents, engine.context.shares) == told
+    engine.steps_taken = 0  # the learning rate is 0, so the step can be taken again
+    losses.append(engine.train_step(step_micro_batches(config, samples, 0, 0)))
+    assert losses[0] == losses[1]
+    engine.context.documents = None
+    engine.model.eval()
+    total, num_targets = 0.0, 0
+    for number in range(3):
+        row, first = held_out.sample(0, number), 0
+        for length in held_out.lengths(0, number):
+            tokens, targets = (torch.from_numpy(part[None, first : first + length]) for part in row)
+            total += float(engine.losses(tokens, targets))
+            num_targets += int((targets != IGNORE_INDEX).sum())
+            first += length
+    assert evaluated == pytest.approx(total / num_targets, rel=1e-12)
+
+
+def test_documents_are_drawn_evenly(corpus: Corpus) -> None:
+    samples = CorpusSamples(configure("padded"), corpus)
+    drawn = Counter(int(samples.sample(step, n).inputs[0]) // 10 for step in range(50) for n in range(100))
+    expected = 5000 / len(drawn)
+    degrees = len(drawn) - 1
+    assert degrees > 40
+    chi_square = sum((count - expected) ** 2 / expected for count in drawn.values())
+    assert chi_square < degrees + 4 * math.sqrt(2 * degrees)  # four deviations of its distribution
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_refused"),
+    [("data.documents=packed", True), ("data.documents=padded", False), ("data.documents=cut", False)],
+)
+def test_dtensor_has_no_masks(overrides: str, is_refused: bool) -> None:
+    layout = ["model=gpt2_tiny", "parallel.engine=dtensor", "parallel.tp=2", overrides]
+    if not is_refused:
+        assert not make_config(*layout).masks_documents
+        return
+    with pytest.raises(
+        ConfigError, match=r"engine=dtensor has no masks for data.documents=packed; use data.documents="
+    ):
+        make_config(*layout)
+
+
+def test_one_document_can_not_be_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("one")
+    given = ["model=gpt2_tiny", "data.documents=packed", f"data.path={tmp_path / 'a.txt'}"]
+    data_identity(make_config(*given))
+    with pytest.raises(
+        ConfigError, match=r"one document only, .* can hold out none; give more, or train.eval_interval=0"
+    ):
+        data_identity(make_config(*given, "train.eval_interval=1"))
 
 
 def test_a_mean_of_means_would_be_another_loss(corpus: Corpus) -> None:
