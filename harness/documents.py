@@ -66,7 +66,7 @@ def _first_held_out(lengths: npt.NDArray[np.int64]) -> int:
 def pack(lengths: Sequence[int], capacity: int) -> list[Row]:
     """Put things into as few rows as best-fit decreasing does: the longest first, each where it leaves least room.
 
-    That takes at most 11/9 of the fewest rows possible, and one (Johnson et al. 1974, SIAM J. Comput. 3).
+    That takes at most 11/9 of the fewest rows possible, and four (Johnson et al. 1974, SIAM J. Comput. 3).
 
     Args:
         lengths: of each, none above `capacity`.

@@ -585,7 +585,7 @@ COLUMNS = (
         "",
         "share of the positions of the timed steps that are padding; empty where there can be none",
         measured=lambda run: run.padding_fraction,
-        shown=Shown(("padding", "%"), percent),
+        shown=Shown(("padding", "%"), percent, place=SETTING),  # beside tokens per second
     ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""
