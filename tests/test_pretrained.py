@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from harness.model.pretrained import read_slice
 from harness.model.transformers_weights import from_transformers
 from harness.model.weights import shard
 from harness.run.conversion import import_weights
+from harness.run.engines.engine import Held
 from harness.run.engines.torch.engine import TorchEngine
-from harness.run.weights import fill_parameters
+from harness.run.weights import fill_masters, fill_parameters
 from harness.spec import pretrained as pretrained_module
 from harness.spec.config import Model, RunConfig
 from harness.spec.families import FAMILIES as TABLE
@@ -445,3 +447,30 @@ def test_every_family_says_how_it_is_exchanged() -> None:
             assert written.class_name, name
             table = parameter_table(MODELS[FAMILIES[name]])
             assert set(written.tied.values()) <= set(table), name
+
+
+@pytest.mark.parametrize("source", ["folder", "checkpoint"])
+def test_masters_are_filled_in_full_precision(folders: dict[str, Path], source: str, tmp_path: Path) -> None:
+    """As ZeRO holds them: one flat tensor for the second half of every parameter, which is itself rounded."""
+    origin = folders["llama"]
+    if source == "checkpoint":
+        import_weights(origin, tmp_path / "imported")
+        origin = tmp_path / "imported"
+    config, full = load(f"model.weights={origin}"), full_state(folders["llama"], MODELS[FAMILIES["llama"]])
+    table = parameter_table(config.model)
+    local = {name: shard(full[name], spec, 1, 2) for name, spec in table.items()}
+    halves = {name: tensor.numel() // 2 for name, tensor in local.items()}
+    flat = torch.full((7 + sum(tensor.numel() - halves[name] for name, tensor in local.items()),), float("nan"))
+    held, first = {}, 7
+    for name, tensor in local.items():
+        held[name] = Held(flat, first, halves[name], tensor.numel() - halves[name])
+        first += held[name].length
+    engine: Any = SimpleNamespace(
+        config=config,
+        tp=place(1, 2),
+        parameters=lambda: ((name, tensor.bfloat16()) for name, tensor in local.items()),
+        held=lambda tied_copies: held.items(),
+    )
+    fill_masters(engine)
+    assert flat[:7].isnan().all()
+    assert torch.equal(flat[7:], torch.cat([tensor.reshape(-1)[halves[name] :] for name, tensor in local.items()]))

@@ -95,22 +95,9 @@ def load_full(
     Args:
         lookup: full parameter by global name, asked once for each parameter this rank holds.
     """
-    load_slices(parameters, table, lambda spec: shard(lookup(spec.name), spec, tp.rank, tp.size))
-
-
-def load_slices(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    table: Mapping[str, ParameterSpec],
-    read: Callable[[ParameterSpec], Tensor],
-) -> None:
-    """As `fill`, from this rank's slices.
-
-    Args:
-        read: the slice of a parameter, asked once for each that this rank holds.
-    """
 
     def write(spec: ParameterSpec, parameter: nn.Parameter) -> None:
-        local = read(spec)
+        local = shard(lookup(spec.name), spec, tp.rank, tp.size)
         assert local.shape == parameter.shape, f"{spec.name}: {local.shape} does not fit {parameter.shape}"
         parameter.copy_(local)
 

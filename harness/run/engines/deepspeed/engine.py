@@ -37,7 +37,7 @@ from harness.run.engines.deepspeed.transfers import Channels
 from harness.run.engines.engine import Before, ForwardPasses, Held, Progress, filling
 from harness.run.optimizer import build_learning_rate, build_optimizer
 from harness.run.shared_memory import describe_transports, share_memory
-from harness.run.weights import fill_parameters
+from harness.run.weights import fill_masters, fill_parameters
 from harness.secrets import fill_in
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.parameters import parameter_table
@@ -84,6 +84,9 @@ def build(config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None,
         scheduler = build_learning_rate(config.train, optimizer)
         engine = ScheduledEngine(schedule, channels, later, module, optimizer, scheduler, fill_in(settings))
     built = DeepSpeedEngine(config, engine, module, topology, tp, blocks, settings, context)
+    if weights is None and config.model.weights is not None and config.train.precision != "fp32":
+        phase("reading the weights in full precision")
+        fill_masters(built)
     built.compilation = compile_blocks(module, config, tp, device, phase)
     return built
 
