@@ -1019,6 +1019,57 @@ SLIPS = [
         False,
         {"unsaid_results_are_lost": ('if "environment" in content and self.keep_partial_result()', "if False")},
     ),
+    *slips(
+        "harness/model/pretrained.py",
+        "tests/test_pretrained.py -k reads_its_slice",
+        False,
+        {
+            "fused_parts_begin_at_the_first": ("sum(size for _, size in spec.parts[:index])", "0"),
+            "transposed_matrices_split_the_other_way": ("(spec.shard_dim == 1) != transposed", "spec.shard_dim == 1"),
+        },
+    ),
+    *slips(
+        "harness/run/weights.py",
+        "tests/test_pretrained.py -k masters",
+        False,
+        {"masters_begin_at_the_first": ("[held.start : held.start + held.length]", "[: held.length]")},
+    ),
+    *slips(
+        "harness/run/checkpoint.py",
+        "tests/test_pretrained.py -k filled_from",
+        False,
+        {"padding_as_it_was": ("parameter.zero_()", "pass")},
+    ),
+    *slips(
+        "harness/run/conversion.py",
+        "tests/test_conversion.py -k byte_by_byte",
+        False,
+        {"exported_as_it_lies": ("yield bytes_of(read.t() if transposed else read)", "yield bytes_of(read)")},
+    ),
+    *slips(
+        "harness/run/carried.py",
+        "tests/test_conversion.py -k resumed_trainings",
+        False,
+        {"resumed_from_nowhere": ("config.train.resume or config.model.weights", "config.model.weights")},
+    ),
+    *slips(
+        "harness/spec/initial_weights.py",
+        "tests/test_pretrained.py -k bring_their_shape",
+        False,
+        {"the_shape_of_the_configuration": ("if key in NOT_THE_SHAPE}", "}")},
+    ),
+    *slips(
+        "harness/spec/identity.py",
+        "tests/test_pretrained.py -k follows_the_content",
+        False,
+        {"weights_by_their_path": ("weights_fingerprint(config.model.weights)", "config.model.weights")},
+    ),
+    *slips(
+        "harness/spec/pretrained.py",
+        "tests/test_pretrained.py -k bad_folders",
+        False,
+        {"cut_files_are_taken": ("if num_bytes != end:", "if num_bytes > end:")},
+    ),
 ]
 
 
