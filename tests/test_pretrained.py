@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from torch import Tensor
 from harness.errors import ConfigError
 from harness.launch.compose import compose
 from harness.launch.points import data_identity
+from harness.machine import peak_resident_bytes
 from harness.model.assembly import build_layers
 from harness.model.pretrained import read_slice
 from harness.model.transformers_weights import from_transformers
@@ -27,6 +30,7 @@ from harness.model.weights import shard
 from harness.run.conversion import import_weights
 from harness.run.engines.engine import Held
 from harness.run.engines.torch.engine import TorchEngine
+from harness.run.instruments.memory import reset_peak_memory
 from harness.run.weights import fill_masters, fill_parameters
 from harness.spec import pretrained as pretrained_module
 from harness.spec.config import Model, RunConfig
@@ -474,3 +478,25 @@ def test_masters_are_filled_in_full_precision(folders: dict[str, Path], source: 
     fill_masters(engine)
     assert flat[:7].isnan().all()
     assert torch.equal(flat[7:], torch.cat([tensor.reshape(-1)[halves[name] :] for name, tensor in local.items()]))
+
+
+@pytest.mark.parametrize("source", ["folder", "checkpoint"])
+def test_filling_holds_two_tensors_beside_the_slice(source: str, tmp_path: Path) -> None:
+    """Of 100 MB in 8 blocks a rank of two fills 50, and the largest tensor has 4."""
+    transformers: Any = importlib.import_module("transformers")
+    shape = transformers.GPT2Config(n_layer=8, n_embd=512, n_head=8, vocab_size=60, n_positions=16)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "saved")
+    origin = tmp_path / "saved"
+    if source == "checkpoint":
+        import_weights(origin, tmp_path / "imported")
+        origin = tmp_path / "imported"
+    config = load(f"model.weights={origin}")
+    largest = 4 * max(spec.size for spec in parameter_table(config.model).values())
+    gc.collect()
+    reset_peak_memory()
+    before = peak_resident_bytes()
+    layers = build_layers(config.model, place(1, 2))
+    fill_parameters(layers.named_parameters(), config, place(1, 2))
+    own = sum(parameter.nbytes for parameter in layers.parameters())
+    assert 45e6 < own < 55e6
+    assert peak_resident_bytes() - before < own + 2 * largest + 8e6  # what the allocator keeps
