@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,6 +197,11 @@ def test_trained_weights_go_where_they_came_from(
     source = folders[case] if origin == "folder" else imported(folders[case])
     checkpoint, engine = trained(tmp_path / "run/checkpoints", f"model.weights={source}")
     verify_files(checkpoint, read_meta(checkpoint))
+    manifest = json.loads((checkpoint / "transformers" / "manifest.json").read_text())
+    assert {entry["sha256"] for entry in manifest["tensors"].values()} == {None}
+    assert {name for name, entry in manifest["files"].items() if entry["sha256"] is None} == {
+        file.name for file in folders[case].glob("*.safetensors")
+    }
     export_weights(tmp_path / "run", tmp_path / "out")
     before, after = contents(folders[case]), contents(tmp_path / "out")
     assert after.keys() == before.keys() | {"manifest.json"}
@@ -401,6 +408,20 @@ def test_a_failed_conversion_leaves_nothing(
     assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
     monkeypatch.undo()
     assert main([fails, str(source), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("told", ["import", "export"])
+def test_a_conversion_that_is_told_to_end_leaves_nothing(
+    folders: dict[str, Path], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    name = "read_part" if told == "import" else "bytes_of"
+    monkeypatch.setattr(conversion, name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    source = folders["llama"] if told == "import" else imported(folders["llama"])
+    with pytest.raises(SystemExit, match="143"):
+        main([told, str(source), str(tmp_path / "out")])
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_killed_conversion_leaves_nothing_that_could_be_taken_for_one(

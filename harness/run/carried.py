@@ -153,7 +153,19 @@ def carry_along(config: RunConfig, checkpoint: Path) -> dict[str, FileRecord]:
         carry(open_pretrained(Path(origin), config.model), target, with_hashes=False)
     elif origin is not None and (Path(origin) / CARRIED).exists():
         shutil.copytree(Path(origin) / CARRIED, target)
+        if (manifest := read_manifest(checkpoint)) is not None:
+            write_json(target / MANIFEST, _without_hashes(manifest).model_dump())
     return records_below(checkpoint, target)
+
+
+def _without_hashes(manifest: Manifest) -> Manifest:
+    """Of weights, which are others now."""
+    changed = {entry.file for entry in manifest.tensors.values()}
+    files = {
+        name: e.model_copy(update={"sha256": None} if name in changed else {}) for name, e in manifest.files.items()
+    }
+    tensors = {name: entry.model_copy(update={"sha256": None}) for name, entry in manifest.tensors.items()}
+    return Manifest(files=files, tensors=tensors)
 
 
 def records_below(checkpoint: Path, folder: Path) -> dict[str, FileRecord]:

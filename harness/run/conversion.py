@@ -88,7 +88,6 @@ def main(arguments: Sequence[str]) -> int:
         command.add_argument("target", type=Path)
     of_export.add_argument("--dtype", choices=CODES)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _end)
     started = time.monotonic()
     try:
         if options.command == "import":
@@ -341,7 +340,7 @@ def _write_settings(file: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A folder that gets its name when it is complete, and leaves nothing when it does not become so.
+    """A folder that gets its name when it is complete; an error, or being told to end, leaves nothing of it.
 
     Raises:
         ConfigError: there is something already.
@@ -352,6 +351,7 @@ def _whole(target: Path) -> Iterator[Path]:
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed conversion
     unfinished.mkdir(parents=True)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield unfinished
         sync(unfinished)
@@ -360,3 +360,5 @@ def _whole(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
