@@ -18,6 +18,7 @@ import pytest
 from allpairspy import AllPairs
 from distributed import run_ranks
 
+from harness.spec.families import FAMILIES
 from harness.spec.schedules import SCHEDULES
 
 LAYOUTS = [
@@ -267,6 +268,23 @@ def test_every_schedule_meets_every_pipeline_and_option() -> None:
     for other in (0, *range(2, len(factors))):
         for name, value in product(names, factors[other]):
             assert any(row[1] == name and row[other] == value for row in rows), (name, value)
+
+
+def family_of(overrides: list[str]) -> str:
+    """What a row of families trains, by the last word on it."""
+    known = {"gpt2_tiny": "gpt2", "llama_tiny": "llama", "bert_tiny": "bert", "encoder_tiny": "encoder"}
+    names = [override.partition("=")[2] for override in overrides if override.startswith(("model=", "model.family="))]
+    return known.get(names[-1], names[-1])
+
+
+@pytest.mark.parametrize("option", ["layout", *FAMILY_OPTIONS])
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.computes])
+def test_every_family_meets_every(family: str, option: str) -> None:
+    rows = [(layout, {*overrides}) for layout, overrides in family_rows() if family_of(overrides) == family]
+    if option == "layout":
+        assert {layout for layout, _ in rows} == set(FAMILY_LAYOUTS)
+    elif option != "model":
+        assert all(any(set(value) <= chosen for _, chosen in rows) for value in FAMILY_OPTIONS[option])
 
 
 def test_every_layout_meets_every_option() -> None:
