@@ -40,6 +40,7 @@ from harness.run.data import (
 from harness.run.engines.engine import Before
 from harness.run.engines.torch.engine import TorchEngine
 from harness.run.evaluate import Evaluation
+from harness.run.parity import MaskedSamples
 from harness.spec.config import RunConfig
 
 SEQUENCE = 16
@@ -413,6 +414,18 @@ def test_one_document_can_not_be_held_out(tmp_path: Path, monkeypatch: pytest.Mo
         ConfigError, match=r"one document only, .* can hold out none; give more, or train.eval_interval=0"
     ):
         data_identity(make_config(*given, "train.eval_interval=1"))
+
+
+@pytest.mark.parametrize("documents", ["cut", "padded", "packed"])
+def test_rows_of_parity_checks_fit_however_short_they_are(documents: str) -> None:
+    for length in range(1, 30):
+        config = configure(documents, "masked", f"train.sequence_length={length}")
+        samples = MaskedSamples(config)
+        for number in range(8):
+            lengths, row = samples.lengths(0, number), samples.sample(0, number)
+            assert min(lengths) > 0
+            assert sum(lengths) <= length
+            assert (row.targets[sum(lengths) :] == IGNORE_INDEX).all()
 
 
 def test_a_mean_of_means_would_be_another_loss(corpus: Corpus) -> None:

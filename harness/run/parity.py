@@ -137,7 +137,7 @@ class MaskedSamples:
         length, kind = self._config.train.sequence_length, self._config.data.documents
         generator = np.random.default_rng([self._config.train.seed, step, number, 1])
         if kind == "packed":
-            return [int(n) for n in generator.integers(1, max(2, length // 3), size=3)]
+            return [int(n) for n in generator.integers(1, max(2, length // 3), size=min(3, length))]
         return [int(generator.integers(length // 3 + 1, length + 1))] if kind == "padded" else [length]
 
     def num_valid_targets(self, step: int) -> int:
