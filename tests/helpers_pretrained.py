@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ FAMILIES = {"gpt2": "gpt2", "llama": "llama grouped", "mistral": "mistral", "qwe
 
 def reference_of(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """A model of `transformers` with random values in every parameter; of those it was made with, only the class."""
-    reference = build_reference(MODELS[name], **settings)
+    reference = build_reference(MODELS[name], bos_token_id=0, eos_token_id=1, **settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -34,16 +35,22 @@ def save_reference(folder: Path, name: str, max_shard_size: str = "1GB", **argum
     return dict(reference.state_dict())
 
 
-def loaded(folder: Path) -> tuple[Any, str]:
-    """The model that `transformers` loads from a folder by its config.json, and what it reports of missing keys."""
+def loaded(folder: Path) -> tuple[Any, list[str]]:
+    """The model that `transformers` loads from a folder by its config.json, and what it has to say about that."""
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(folder)
-    (name,) = settings.architectures
-    with warnings.catch_warnings(action="error", category=UserWarning):
-        model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    wrong = {kind: keys for kind, keys in report.items() if keys}
-    return model.eval(), str(wrong) if wrong else ""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        settings = transformers.AutoConfig.from_pretrained(folder)
+        (name,) = settings.architectures
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    return model.eval(), said + [f"{kind}: {keys}" for kind, keys in report.items() if keys]
 
 
 def place(rank: int, size: int) -> TensorParallel:

@@ -244,7 +244,7 @@ def test_transformers_computes_the_same(folders: dict[str, Path], family: str, b
     ].model_dump(exclude={"name", "weights", "initializer_range"})
     export_weights(tmp_path / "run", tmp_path / "out")
     reference, wrong = loaded(tmp_path / "out")
-    assert not wrong
+    assert wrong == []
     assert type(reference).__name__ == type(reference_of(FAMILIES[family])).__name__
     tokens = torch.randint(53, (2, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in state_of(tmp_path / "out").values())
     _, wrong = loaded(tmp_path / "out")
-    assert not wrong
+    assert wrong == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -318,6 +318,17 @@ def test_resumed_trainings_carry_along_what_they_began_from(folders: dict[str, P
     }
     export_weights(third, tmp_path / "out")
     assert contents(tmp_path / "out").keys() == contents(folders["bert full"]).keys() | {"manifest.json"}
+
+
+def test_later_checkpoints_need_no_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], tmp_path / "saved")
+    first, engine = trained(tmp_path / "run", f"model.weights={tmp_path / 'saved'}")
+    shutil.rmtree(tmp_path / "saved")
+    save_checkpoint(tmp_path / "run", engine, engine.config, 5, None)
+    second = read_meta(directory_of(tmp_path / "run", 5))
+    assert second.config.began_from == read_meta(first).config.began_from == weights_fingerprint(str(folders["llama"]))
+    files = [contents(path / "transformers") for path in (first, directory_of(tmp_path / "run", 5))]
+    assert files[0] == files[1]
 
 
 def test_resuming_beside_other_weights_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -377,6 +388,9 @@ def test_what_transformers_has_not_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "gpt2", "model=gpt2_tiny", *sizes, "++model.sliding_window=4")
     with pytest.raises(ConfigError, match=r"can't be a gpt2 of transformers, which has no model.sliding_window"):
         export_weights(tmp_path / "gpt2", tmp_path / "out")
+    trained(tmp_path / "emulated", "model=emulated", *sizes, "model.num_attention_heads=4")
+    with pytest.raises(ConfigError, match="has no counterpart in transformers"):
+        export_weights(tmp_path / "emulated", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

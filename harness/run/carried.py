@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.checkpoints import FileRecord, checksum
+from harness.checkpoints import FileRecord, checksum, complete_checkpoints
 from harness.errors import ConfigError
 from harness.record.store import write_json
 from harness.run.safetensors_files import Entry, stored_bytes, write_safetensors
@@ -146,8 +146,12 @@ def unused_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
 
 
 def carry_along(config: RunConfig, checkpoint: Path) -> dict[str, FileRecord]:
-    """Give a checkpoint of a training what its weights came with; what files it then has in addition."""
-    origin = config.train.resume or config.model.weights
+    """Give a checkpoint of a training what its weights came with; what files it then has in addition.
+
+    The earlier ones beside it have it already, also when the place where the training began is gone.
+    """
+    earlier = complete_checkpoints(checkpoint.parent)
+    origin = str(earlier[-1]) if earlier else config.train.resume or config.model.weights
     target = checkpoint / CARRIED
     if origin is not None and not is_checkpoint(Path(origin)):
         carry(open_pretrained(Path(origin), config.model), target, with_hashes=False)

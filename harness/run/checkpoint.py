@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +207,10 @@ def save_checkpoint(
         files = _own_files(unfinished, group)
         if first:
             files |= carry_along(config, unfinished)
-            write_json(unfinished / META, _meta(engine.progress()._replace(step=step), config, files).model_dump())
+            write_json(
+                unfinished / META,
+                _meta(engine.progress()._replace(step=step), config, files, complete_checkpoints(folder)).model_dump(),
+            )
             sync(unfinished)
             unfinished.rename(target)
             sync(folder)
@@ -233,16 +236,17 @@ def _own_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, Fi
     return {name: record for records in gathered or () for name, record in sorted(records.items())}
 
 
-def _meta(progress: Progress, config: RunConfig, files: dict[str, FileRecord]) -> Meta:
-    saved = SavedConfig(**config.model_dump(mode="json"), began_from=_began_from(config))
+def _meta(progress: Progress, config: RunConfig, files: dict[str, FileRecord], earlier: Sequence[Path]) -> Meta:
+    saved = SavedConfig(**config.model_dump(mode="json"), began_from=_began_from(config, earlier))
     return Meta(format=FORMAT, files=files, config=saved, **progress._asdict())
 
 
-def _began_from(config: RunConfig) -> str | None:
+def _began_from(config: RunConfig, earlier: Sequence[Path]) -> str | None:
     """Hash of the weights that a training began from, before it was resumed however often; None for fresh ones."""
-    if config.model.weights is not None:
-        return weights_fingerprint(config.model.weights)
-    return read_meta(Path(config.train.resume)).config.began_from if config.train.resume is not None else None
+    resumed = str(earlier[-1]) if earlier else config.train.resume
+    if resumed is not None:
+        return read_meta(Path(resumed)).config.began_from
+    return None if config.model.weights is None else weights_fingerprint(config.model.weights)
 
 
 def _write_error(target: Path, failure: BaseException) -> OSError:

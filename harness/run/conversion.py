@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -55,7 +55,7 @@ from harness.run.carried import (
 )
 from harness.run.checkpoint import Box, BoxSavePlanner, WeightReader, Writer, boxes_of, parts_of
 from harness.run.safetensors_files import DTYPES, Bytes, Entry, bytes_of, stored_bytes, write_safetensors
-from harness.spec.config import Model
+from harness.spec.config import AnyModel, Model
 from harness.spec.parameters import ParameterSpec, parameter_table
 from harness.spec.pretrained import CONFIG, INDEX, ITEM_BYTES, WHOLE, Pretrained, is_pretrained, open_pretrained
 from harness.spec.pretrained import sha256_of as sha256_of_file
@@ -204,7 +204,7 @@ def export_weights(source: Path, target: Path, dtype: str | None = None) -> Conv
     meta = read_meta(checkpoint)
     verify_files(checkpoint, meta)
     try:
-        model = Model.model_validate(meta.config.model)
+        model = TypeAdapter[Model](AnyModel).validate_python(meta.config.model)
     except ValidationError as error:
         raise ConfigError(f"{checkpoint / META}: model.{first_problem(error)}; it can't be exported") from None
     format_of(model)

@@ -149,6 +149,10 @@ def _of_family(model: Any) -> Any:
     return model if architecture is None or architecture.computes else EmulatedModel.model_validate(model)
 
 
+AnyModel = Annotated[SerializeAsAny[Model], BeforeValidator(_of_family)]
+"""The section of any family."""
+
+
 class Parallel(Section):
     """The layout: how the model and the batch are split over ranks."""
 
@@ -384,7 +388,7 @@ class CommBench(Section):
 class RunConfig(Section):
     """Everything one run depends on."""
 
-    model: Annotated[SerializeAsAny[Model], BeforeValidator(_of_family)]
+    model: AnyModel
     parallel: Parallel
     train: Train
     data: Data

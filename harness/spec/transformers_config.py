@@ -191,4 +191,5 @@ def written_config(model: Model, dtype: str) -> dict[str, Any]:
         **written.fixed,
         **dict.fromkeys(written.dropout, model.dropout),
         **dict.fromkeys(written.switches, False),
+        **dict.fromkeys(("bos_token_id", "eos_token_id")),  # a tokenizer's, which is not known
     }
