@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.model.assembly import build_layers, describe_layers
 from harness.model.block import TransformerBlock
+from harness.model.context import PassContext
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
 from harness.model.precision import dtype_of
@@ -173,6 +174,20 @@ def test_pytorch_keeps_no_mask_per_block() -> None:
     shared = 4 * 64 * 64 / (2 * 64)
     found = saved_bytes_per_token(config.model, torch.float32)
     assert found == saved_bytes_per_token(whole, torch.float32) + shared
+
+
+def test_blocks_of_a_pass_keep_one_mask_of_documents() -> None:
+    """Of a number for every pair of positions, in the type of the scores."""
+    context, config = PassContext(), make_config("model=gpt2_tiny", "data.documents=packed")
+    blocks = [TransformerBlock(config.model, TensorParallel.single(), False, f"blocks.{i}", context) for i in range(2)]
+    hidden, found = torch.randn(2, 64, config.model.hidden_size, requires_grad=True), []
+    for documents in (None, lambda *_: torch.zeros(2, 64, dtype=torch.long)):
+        context.documents = documents
+        found.append(saved_bytes(nn.Sequential(*blocks), hidden) / (2 * 64))
+    assert found[1] - found[0] == 4 * 64
+    (packed,), (cut,) = (memory_per_stage(c, [4]) for c in (config, make_config("model=gpt2_tiny")))
+    positions = config.train.micro_batch_size * config.train.sequence_length
+    assert packed.activation_bytes - cut.activation_bytes == positions * 4 * config.train.sequence_length
 
 
 @pytest.mark.parametrize(("name", "inputs"), [("bert_tiny", 4), ("encoder_tiny", 1), ("gpt2_tiny", 2)])

@@ -181,21 +181,25 @@ def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule
     block = block_activation_bytes_per_token(model, config.parallel, train.precision)
     put_off = put_off_bytes_per_token(model, config.parallel, train.precision)
     checkpointing = train.activation_checkpointing == "full"
+    masks = value * train.sequence_length if config.masks_documents else 0  # of attention, one for all blocks of a pass
     columns = model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
     sends = {i.chunk for i in schedule.stages[stage] if i.kind == "send_activation"}
     held, waiting = [], []
     for chunk, part in enumerate(placement.parts_of(stage)):
         first, last = placement.begins(stage, chunk), placement.ends(stage, chunk)
         of_blocks = layers_per_part[part] * (hidden if checkpointing else block) + hidden * (chunk in sends)
-        mask = model.hidden_size / slices if first and model.dropout > 0 else 0
+        dropped = model.hidden_size / slices if first and model.dropout > 0 else 0
         normalized = hidden if first and model.architecture.embedding_norm else 0
-        held.append(of_blocks + mask + normalized + (head_inputs(model) * hidden + FP32_BYTES * columns) * last)
+        seen = masks * (not checkpointing)
+        held.append(
+            of_blocks + seen + dropped + normalized + (head_inputs(model) * hidden + FP32_BYTES * columns) * last
+        )
         dense = model.architecture.head_transform * (hidden + hidden)  # its input and the gradient of its output
         of_ends = model.hidden_size * value * first + (hidden + value * columns + dense) * last
         waiting.append(layers_per_part[part] * put_off + of_ends)
     per_token = most_held(schedule.stages[stage], held, waiting if schedule.splits_backward else held)
     if checkpointing:
-        per_token += block
+        per_token += block + masks
     if placement.num_parts - 1 in placement.parts_of(stage):
         per_token += value * columns * (2 if value < FP32_BYTES else 1)
     return per_token * train.micro_batch_size * train.sequence_length
