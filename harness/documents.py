@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
     training: list[Row]
     held_out: list[Row]
-    """Of the last documents, about a twentieth of the tokens; empty where that would leave nothing to train on."""
+    """Of the last documents, a twentieth of the tokens at most or one document; empty where there is only one."""
 
 
 def make_rows(lengths: npt.NDArray[np.int64], sequence_length: int, besides: int, packs: bool) -> Rows:
@@ -55,12 +55,12 @@ def held_out_documents(corpus: Corpus, objective: str) -> int:
 
 
 def _first_held_out(lengths: npt.NDArray[np.int64]) -> int:
-    """Where the last documents begin that have a twentieth of the tokens, or more."""
+    """Where the last documents begin that have a twentieth of the tokens at most, or the last one alone."""
     if len(lengths) < 2:
         return len(lengths)
     behind = np.cumsum(lengths[::-1])[::-1]
-    enough = np.flatnonzero(behind * 20 >= behind[0])
-    return max(1, int(enough[-1]))
+    few = np.flatnonzero(behind * 20 <= behind[0])
+    return int(few[0]) if len(few) else len(lengths) - 1
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[Row]:

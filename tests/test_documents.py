@@ -108,11 +108,13 @@ def test_held_out_documents_are_the_last_and_never_trained_on(corpus: Corpus) ->
         rows = make_rows(lengths, SEQUENCE, besides, packs)
         training, held_out = (sorted(n for row in part for n in row) for part in rows)
         assert training + held_out == [n for n in range(60) if lengths[n] > besides]
-        assert 0.05 <= lengths[held_out].sum() / lengths[lengths > besides].sum() < 0.05 + SEQUENCE / lengths.sum()
+        shares = np.cumsum(lengths[lengths > besides][::-1]) / lengths[lengths > besides].sum()
+        assert shares[len(held_out) - 1] <= 0.05 < shares[len(held_out)]
         if not packs:
             assert all(len(row) == 1 for part in rows for row in part)
     assert make_rows(np.array([5]), SEQUENCE, 1, False) == ([[0]], [])
     assert make_rows(np.array([5, 9]), SEQUENCE, 1, False) == ([[0]], [[1]])
+    assert make_rows(np.array([5, 16, 2]), SEQUENCE, 1, False) == ([[0], [1]], [[2]])
     assert make_rows(np.array([1, 5, 1]), SEQUENCE, 1, True) == ([[1]], [])
 
 
@@ -214,6 +216,8 @@ def test_the_load_of_a_step(corpus: Corpus) -> None:
     samples = CorpusSamples(config, corpus)
     lengths = [n for number in range(4) for n in samples.lengths(1, number)]
     assert load_of(config, samples, 1) == Load(sum(lengths), sum(n * n for n in lengths))
+    window = config.model_copy(update={"model": config.model.model_copy(update={"sliding_window": 4})})
+    assert load_of(window, samples, 1) == Load(sum(lengths), sum(n * min(n, 4) for n in lengths))
     assert load_of(configure("cut"), CorpusSamples(configure("cut"), corpus), 0) == Load(8 * 16, 8 * 16 * 16)
 
 

@@ -65,14 +65,13 @@ class PassContext:
 
         return repeat
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def positions(self, device: torch.device) -> Tensor | None:
         """Of every token in its document, [batch, sequence]; None: 0, 1, ... in each row."""
         if self.documents is None:
             return None
-        return self._shared("positions", lambda: positions_in(self._documents(device)))
+        positions: Tensor = self._shared("positions", lambda: positions_in(self._documents(device)))
+        return positions
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def mask(self, query: Tensor, causal: bool, window: int | None) -> Tensor | None:
         """What to add to scores: 0 where a query sees a key, else -inf, [1 or batch, 1, sequence, sequence].
 
@@ -87,25 +86,29 @@ class PassContext:
         window = window if window is not None and window < length else None
         if self.documents is None and window is None:
             return None
+        what = "mask", length, causal, window, device, dtype
+        mask: Tensor = self._shared(what, lambda: self._make_mask(length, causal, window, device, dtype))
+        return mask
 
-        def make() -> Tensor:
-            seen = torch.ones(1, length, length, dtype=torch.bool, device=device)
-            if causal:
-                seen = seen.tril()
-            if window is not None:
-                seen = seen.triu(1 - window)
-            if self.documents is not None:
-                documents = self._documents(device)
-                seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
-            scores = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-            return scores.unsqueeze(1)
-
-        return self._shared(("mask", length, causal, window, device, dtype), make)
+    def _make_mask(
+        self, length: int, causal: bool, window: int | None, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        seen = torch.ones(1, length, length, dtype=torch.bool, device=device)
+        if causal:
+            seen = seen.tril()
+        if window is not None:
+            seen = seen.triu(1 - window)
+        if self.documents is not None:
+            documents = self._documents(device)
+            seen = seen & (documents.unsqueeze(2) == documents.unsqueeze(1))
+        scores = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
+        return scores.unsqueeze(1)
 
     def _documents(self, device: torch.device) -> Tensor:
         assert self.documents is not None
         return self.documents(*self.forward_pass, self.dp_rank).to(device)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _shared(self, what: object, make: Callable[[], Tensor]) -> Tensor:
         """Made once for all layers of a pass; of all passes, where rows are whole sequences."""
         current = None if self.documents is None else (self.documents, self.forward_pass, self.dp_rank)

@@ -42,7 +42,7 @@ class StepRecord:
     tokens: int | None = None
     """Positions of the global batch that are no padding, where documents may leave some; None: there is none."""
     pairs: int | None = None
-    """Of positions of the same document, where documents are not cut: attention has that many products."""
+    """Of positions of the same document and window, where documents are not cut: attention is over that many."""
     launch_gap_fraction: float | None = None
     """At most this share of forward and backward time GPUs waited for the host to launch; None on CPU."""
 

@@ -47,7 +47,7 @@ class Load(NamedTuple):
     tokens: int
     """Positions that are no padding."""
     pairs: int
-    """Of positions of the same document: the sum of squares of their numbers."""
+    """Of positions of the same document, or of as many as a window has: what attention is computed for in full."""
 
 
 class Samples(Protocol):
@@ -325,7 +325,8 @@ def numbers_of(config: RunConfig, micro_batch: int, dp_rank: int) -> range:
 def load_of(config: RunConfig, samples: Samples, step: int) -> Load:
     """What the global batch of a step has to compute."""
     lengths = [n for number in range(config.train.global_batch_size) for n in samples.lengths(step, number)]
-    return Load(sum(lengths), sum(length * length for length in lengths))
+    most = config.model.sliding_window or config.train.sequence_length
+    return Load(sum(lengths), sum(length * min(length, most) for length in lengths))
 
 
 def tell_documents(context: PassContext, config: RunConfig, samples: Samples) -> None:
