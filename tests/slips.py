@@ -86,7 +86,10 @@ SLIPS = [
             "padding_is_masked": ("eligible = (tokens != IGNORE_INDEX) &", "eligible ="),
             "nothing_to_predict_in_short_rows": ("if not chosen.any() and eligible.any()", "if False"),
             "every_token_chosen_is_a_mask": ("chosen & (kind < REPLACED)", "chosen & (kind < 1)"),
-            "evaluations_mask_anew": ("self._count), self._mask, -1, number", "self._count), self._mask, step, number"),
+            "evaluations_mask_anew": (
+                "self._row(number)), self._mask, -1, number",
+                "self._row(number)), self._mask, step, number",
+            ),
             "a_row_is_one_document": ("sum(length * min(length, most) for length in lengths)", "sum(lengths) ** 2"),
             "masks_of_every_step_alike": ('self._seed, step, number, "mask")', 'self._seed, number, "mask")'),
             "padding_belongs_to_the_last_document": (

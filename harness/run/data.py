@@ -13,14 +13,14 @@ masked (arXiv 1810.04805, section 3.1) it is the token itself, where that was ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from harness.corpus import Corpus, draw, load_tokens, sample_start, tokens_besides
-from harness.documents import make_rows
+from harness.documents import Row, make_rows
 from harness.model.context import Documents, PassContext
 from harness.model.loss import IGNORE_INDEX
 from harness.spec.config import RunConfig
@@ -68,19 +68,20 @@ class CorpusSamples:
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self._config = config
-        self._rows = _rows_of(config, corpus, held_out=False)
+        self._source = _source_of(config, corpus, held_out=False)
         self._mask = Masks(config, corpus) if config.train.objective == "masked" else None
 
-    def _row(self, step: int, number: int) -> tuple[int, int, int]:
-        return self._config.train.seed, step, number
+    def _row(self, step: int, number: int) -> Any:
+        seed, num_rows = self._config.train.seed, self._source.num_rows
+        return (seed, step, number) if num_rows is None else sample_start(seed, step, number, num_rows)
 
     def sample(self, step: int, number: int) -> Sample:
         """A row of the global batch."""
-        return _sample(self._config, self._rows.documents(*self._row(step, number)), self._mask, step, number)
+        return _sample(self._config, self._source.documents(self._row(step, number)), self._mask, step, number)
 
     def lengths(self, step: int, number: int) -> list[int]:
         """Positions of each of its documents."""
-        return self._rows.lengths(*self._row(step, number))
+        return self._source.lengths(self._row(step, number))
 
     def num_valid_targets(self, step: int) -> int:
         """All positions that are no padding, or those that were masked."""
@@ -92,19 +93,25 @@ class HeldOutSamples:
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self._config, self._count = config, config.train.eval_samples
-        self._rows = _rows_of(config, corpus, held_out=True)
+        self._source = _source_of(config, corpus, held_out=True)
         self._mask = Masks(config, corpus) if config.train.objective == "masked" else None
+
+    def _row(self, number: int) -> Any:
+        num_rows = self._source.num_rows
+        if num_rows is None:
+            return self._config.train.seed, -1, number
+        return (num_rows - 1) * number // max(1, self._count - 1)
 
     def sample(self, step: int, number: int) -> Sample:
         """A row; past the last no target counts."""
         if number >= self._count:
             length = self._config.train.sequence_length
             return Sample(np.zeros(length, np.int64), np.full(length, IGNORE_INDEX))
-        return _sample(self._config, self._rows.documents_at(number, self._count), self._mask, -1, number)
+        return _sample(self._config, self._source.documents(self._row(number)), self._mask, -1, number)
 
     def lengths(self, step: int, number: int) -> list[int]:
         """Positions of each of its documents."""
-        return self._rows.lengths_at(number, self._count) if number < self._count else []
+        return self._source.lengths(self._row(number)) if number < self._count else []
 
     def num_valid_targets(self, step: int) -> int:
         """Of all rows."""
@@ -112,6 +119,7 @@ class HeldOutSamples:
 
 
 def _count_targets(samples: Samples, count: int, step: int, is_masked: bool) -> int:
+    """At least 1, by which sums are divided."""
     if not is_masked:
         return sum(sum(samples.lengths(step, number)) for number in range(count))
     found = sum(int((samples.sample(step, number).targets != IGNORE_INDEX).sum()) for number in range(count))
@@ -119,25 +127,22 @@ def _count_targets(samples: Samples, count: int, step: int, is_masked: bool) -> 
 
 
 class _Source(Protocol):
-    """Tokens of the documents of a row, each with the token that is only predicted."""
+    """Rows that samples are drawn from."""
 
-    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
-        """Of one that is drawn."""
+    num_rows: int | None
+    """None: one for every seed, step and number, which then stand for it."""
 
-    def lengths(self, seed: int, step: int, number: int) -> list[int]:
-        """Its positions."""
+    def documents(self, row: Any) -> list[Integers]:
+        """Tokens of each document of a row, with the one that is only predicted."""
 
-    def documents_at(self, number: int, count: int) -> list[Integers]:
-        """Of the `number`-th of `count` that are evenly spread."""
-
-    def lengths_at(self, number: int, count: int) -> list[int]:
-        """Its positions."""
+    def lengths(self, row: Any) -> list[int]:
+        """Positions of each."""
 
 
-def _rows_of(config: RunConfig, corpus: Corpus, held_out: bool) -> _Source:
+def _source_of(config: RunConfig, corpus: Corpus, held_out: bool) -> _Source:
     length, besides = config.train.sequence_length, tokens_besides(config.train.objective)
     if corpus.path is None:
-        return _RandomRows(config, corpus, -1 if held_out else None)
+        return _RandomRows(config, corpus)
     tokens = load_tokens(corpus.path)
     if config.data.documents == "cut":
         part = corpus.ranges(length)[held_out]
@@ -149,28 +154,17 @@ def _rows_of(config: RunConfig, corpus: Corpus, held_out: bool) -> _Source:
 
 
 class _Windows:
-    """Of a text, whatever documents it has."""
+    """Of a text, whatever documents it has; a row for each place where one can begin."""
 
     def __init__(self, tokens: npt.NDArray[np.integer], length: int, besides: int) -> None:
         self._tokens, self._length, self._besides = tokens, length, besides
-        self._num_places = len(tokens) - length
+        self.num_rows: int | None = len(tokens) - length
 
-    def _window(self, start: int) -> list[Integers]:
-        return [self._tokens[start : start + self._length + self._besides].astype(np.int64)]
-
-    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
+    def documents(self, row: int) -> list[Integers]:
         """The window."""
-        return self._window(sample_start(seed, step, number, self._num_places))
+        return [self._tokens[row : row + self._length + self._besides].astype(np.int64)]
 
-    def lengths(self, seed: int, step: int, number: int) -> list[int]:
-        """All positions."""
-        return [self._length]
-
-    def documents_at(self, number: int, count: int) -> list[Integers]:
-        """The window."""
-        return self._window((self._num_places - 1) * number // max(1, count - 1))
-
-    def lengths_at(self, number: int, count: int) -> list[int]:
+    def lengths(self, row: int) -> list[int]:
         """All positions."""
         return [self._length]
 
@@ -179,77 +173,41 @@ class _DocumentRows:
     """Of whole documents."""
 
     def __init__(
-        self, tokens: npt.NDArray[np.integer], begins: npt.NDArray[np.int64], rows: Sequence[list[int]], besides: int
+        self, tokens: npt.NDArray[np.integer], begins: npt.NDArray[np.int64], rows: Sequence[Row], besides: int
     ) -> None:
         self._tokens, self._begins, self._rows, self._besides = tokens, begins, rows, besides
+        self.num_rows: int | None = len(rows)
 
-    def _documents(self, row: list[int]) -> list[Integers]:
-        return [self._tokens[self._begins[k] : self._begins[k + 1]].astype(np.int64) for k in row]
+    def documents(self, row: int) -> list[Integers]:
+        """Whole."""
+        return [self._tokens[self._begins[k] : self._begins[k + 1]].astype(np.int64) for k in self._rows[row]]
 
-    def _lengths(self, row: list[int]) -> list[int]:
-        return [int(self._begins[k + 1] - self._begins[k]) - self._besides for k in row]
-
-    def _drawn(self, seed: int, step: int, number: int) -> list[int]:
-        return self._rows[sample_start(seed, step, number, len(self._rows))]
-
-    def _at(self, number: int, count: int) -> list[int]:
-        return self._rows[(len(self._rows) - 1) * number // max(1, count - 1)]
-
-    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
-        """Of a row that is drawn."""
-        return self._documents(self._drawn(seed, step, number))
-
-    def lengths(self, seed: int, step: int, number: int) -> list[int]:
-        """Its positions."""
-        return self._lengths(self._drawn(seed, step, number))
-
-    def documents_at(self, number: int, count: int) -> list[Integers]:
-        """Of one that is evenly spread."""
-        return self._documents(self._at(number, count))
-
-    def lengths_at(self, number: int, count: int) -> list[int]:
-        """Its positions."""
-        return self._lengths(self._at(number, count))
+    def lengths(self, row: int) -> list[int]:
+        """Positions of each."""
+        return [int(self._begins[k + 1] - self._begins[k]) - self._besides for k in self._rows[row]]
 
 
 class _RandomRows:
-    """Of random tokens; documents have from 1 to all positions, each number as often.
+    """Of random tokens; documents have from 1 to all positions, each number as often."""
 
-    Args:
-        step: that stands for all; None: each draws its own.
-    """
+    num_rows: int | None = None
 
-    def __init__(self, config: RunConfig, corpus: Corpus, step: int | None) -> None:
-        self._seed, self._kind, self._step = config.train.seed, config.data.documents, step
-        self._length, self._num_ids = config.train.sequence_length, corpus.num_ids
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self._length, self._kind, self._num_ids = config.train.sequence_length, config.data.documents, corpus.num_ids
         self._besides = tokens_besides(config.train.objective)
 
-    def lengths(self, seed: int, step: int, number: int) -> list[int]:
-        """Of a row: of one document, or of as many as are drawn before one does not fit."""
+    def documents(self, row: tuple[int, int, int]) -> list[Integers]:
+        """As long as `lengths` says."""
+        sizes = [length + self._besides for length in self.lengths(row)]
+        tokens = (draw(sum(sizes), *row) % self._num_ids).astype(np.int64)
+        return np.split(tokens, np.cumsum(sizes)[:-1])
+
+    def lengths(self, row: tuple[int, int, int]) -> list[int]:
+        """Of one document, or of as many as are drawn before one does not fit."""
         if self._kind == "cut":
             return [self._length]
-        drawn = 1 + draw(self._length, seed, step, number, "lengths") % self._length
-        if self._kind == "padded":
-            return [int(drawn[0])]
-        fitting = int((np.cumsum(drawn) <= self._length).sum())
-        return [int(length) for length in drawn[:fitting]]
-
-    def documents(self, seed: int, step: int, number: int) -> list[Integers]:
-        """As long as `lengths` says."""
-        lengths = self.lengths(seed, step, number)
-        tokens = (draw(self._length + self._besides * len(lengths), seed, step, number) % self._num_ids).astype(
-            np.int64
-        )
-        ends = np.cumsum([length + self._besides for length in lengths])
-        return [tokens[end - length - self._besides : end] for end, length in zip(ends, lengths, strict=True)]
-
-    def documents_at(self, number: int, count: int) -> list[Integers]:
-        """Of a row that no training step draws."""
-        return self.documents(self._seed, -1, number)
-
-    def lengths_at(self, number: int, count: int) -> list[int]:
-        """Its positions."""
-        return self.lengths(self._seed, -1, number)
+        drawn = 1 + draw(1 if self._kind == "padded" else self._length, *row, "lengths") % self._length
+        return [int(length) for length in drawn[np.cumsum(drawn) <= self._length]]
 
 
 def _sample(config: RunConfig, documents: list[Integers], mask: Masks | None, step: int, number: int) -> Sample:
