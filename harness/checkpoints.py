@@ -31,7 +31,7 @@ META = "meta.json"
 FORMAT = 1
 
 # What differs between trainings of one and the same model.
-NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn", "weights"})
+NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn", "causal", "weights"})
 
 
 class FileRecord(BaseModel):
@@ -161,6 +161,11 @@ def check_resume(
                 f"train.resume={path!r} is a checkpoint of another model: its model.{key} is {saved_model[key]!r}, "
                 f"here it is {model[key]!r}; give the model it was trained with, or another checkpoint"
             )
+    if train["objective"] != (saved := meta.config.train.get("objective", "causal")):
+        raise ConfigError(
+            f"train.resume={path!r} was trained with train.objective={saved}, not {train['objective']}; use "
+            f"train.objective={saved}"
+        )
     if train["optimizer"] != saved_optimizer:
         raise ConfigError(
             f"train.resume={path!r} holds the state of {saved_optimizer}, not of train.optimizer={train['optimizer']}; "

@@ -50,7 +50,10 @@ class Corpus:
     description: str
     """Source, hash of the text and tokenizer."""
     documents: Path | None = None
-    """File for `load_tokens`: where each document begins in the token file, and where the last one ends."""
+    """File for `load_tokens`: where each document that is not empty begins and ends in the token file, and its number
+    among all of the text: `[num_documents, 3]`."""
+    end: tuple[int, ...] = ()
+    """Tokens that a document ends with besides."""
     num_ids: int = 0
     """Tokens are below this number."""
     mask_token: int | None = None
@@ -94,6 +97,7 @@ def prepare_corpus(data: Data, vocab_size: int, sequence_length: int, objective:
         entry["sha256"],
         description,
         _documents_file(path),
+        tuple(entry["end"]),
         entry["num_ids"],
         entry["mask_token"],
         tuple(entry["special_tokens"]),
@@ -129,7 +133,7 @@ def _fingerprint(corpus: Corpus, documents: str, objective: str) -> str:
     besides = ""
     if documents != "cut":
         offsets = "" if corpus.documents is None else hashlib.sha256(load_tokens(corpus.documents).data).hexdigest()
-        besides += f" {documents} {offsets}"
+        besides += f" {documents} {offsets} {corpus.end}"
     if objective == "masked":
         besides += f" masked {corpus.num_ids} {corpus.mask_token} {corpus.special_tokens}"
     return hashlib.sha256((corpus.fingerprint + besides).encode()).hexdigest() if besides else corpus.fingerprint
@@ -144,8 +148,7 @@ def _check_windows(corpus: Corpus, text: _Text, sequence_length: int) -> None:
 
 
 def _check_documents(corpus: Corpus, text: _Text, documents: str, sequence_length: int, besides: int) -> None:
-    assert corpus.documents is not None
-    lengths = np.diff(load_tokens(corpus.documents))
+    lengths = document_lengths(corpus)
     if not len(lengths) or lengths.max() <= besides:
         raise ConfigError(
             f"{text.source} has no document of {besides + 1} tokens or more; give another text, or use "
@@ -153,11 +156,21 @@ def _check_documents(corpus: Corpus, text: _Text, documents: str, sequence_lengt
         )
     longest = int(lengths.argmax())
     if lengths[longest] - besides > sequence_length:
+        assert corpus.documents is not None
+        name = text.name(int(load_tokens(corpus.documents)[longest][2]))
         raise ConfigError(
-            f"{text.name(longest)} has {lengths[longest]} tokens, but with data.documents={documents} a document has "
+            f"{name} has {lengths[longest]} tokens, but with data.documents={documents} a document has "
             f"{sequence_length + besides} at most at train.sequence_length={sequence_length}; raise that, up to "
             "model.max_position_embeddings, split the document, or use data.documents=cut"
         )
+
+
+def document_lengths(corpus: Corpus) -> npt.NDArray[np.int64]:
+    """Tokens of each document, its end included: `[num_documents]`."""
+    assert corpus.documents is not None
+    begins, ends, _ = load_tokens(corpus.documents).T
+    lengths: npt.NDArray[np.int64] = ends - begins + len(corpus.end)
+    return lengths
 
 
 def _check_mask(corpus: Corpus, tokenizer_name: str, vocab_size: int) -> None:
@@ -307,7 +320,7 @@ def _load_tokenizer(name: str) -> _Tokenizer:
         encode,
         [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id],
         tokenizer.mask_token_id,
-        sorted(set(tokenizer.all_special_ids)),
+        sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}),
     )
 
 
@@ -340,6 +353,7 @@ def _tokenize_once(text: _Text, content: str, tokenizer_name: str, vocab_size: i
         "num_ids": tokenizer.num_ids,
         "mask_token": tokenizer.mask_token,
         "special_tokens": list(tokenizer.special_tokens),
+        "end": [int(token) for token in tokenizer.separator],
         "num_tokens": len(tokens),
         "dtype": str(tokens.dtype),
         "sha256": hashlib.sha256(tokens.data).hexdigest(),
@@ -374,7 +388,7 @@ def _cached(path: Path) -> dict[str, Any] | None:
         documents = load_tokens(_documents_file(path))
         shape = (tokens.shape, str(tokens.dtype))
         intact = shape == ((entry["num_tokens"],), entry["dtype"]) and isinstance(entry["num_ids"], int)
-        intact = intact and {"mask_token", "special_tokens"} <= entry.keys() and documents.dtype == np.int64
+        intact = intact and {"mask_token", "special_tokens", "end"} <= entry.keys() and documents.dtype == np.int64
         digests = [hashlib.sha256(array.data).hexdigest() for array in (tokens, documents)]
         return entry if intact and digests == [entry["sha256"], entry["documents_sha256"]] else None
     except (OSError, ValueError, LookupError, TypeError, EOFError):
@@ -387,9 +401,9 @@ def _documents_file(path: Path) -> Path:
 
 
 def _tokenize(text: _Text, tokenizer: _Tokenizer) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """All tokens, and where each document begins among them and the last one ends; a separator ends a document."""
+    """All tokens, separators between documents, and `Corpus.documents`."""
     dtype = np.uint16 if tokenizer.num_ids <= 1 << 16 else np.uint32
-    parts, begins, num_tokens = [np.empty(0, dtype)], list[int](), 0
+    parts, places, num_tokens = [np.empty(0, dtype)], list[tuple[int, int, int]](), 0
 
     def add(tokens: Any) -> None:
         nonlocal num_tokens
@@ -399,11 +413,13 @@ def _tokenize(text: _Text, tokenizer: _Tokenizer) -> tuple[npt.NDArray[Any], npt
     for number, document in enumerate(text.documents()):
         if number:
             add(tokenizer.separator)
-        begins.append(num_tokens)
+        begin = num_tokens
         add(tokenizer.begin)
         for start in range(0, len(document), PIECE_CHARACTERS):
             add(tokenizer.encode(document[start : start + PIECE_CHARACTERS]))
-    return np.concatenate(parts), np.array([*begins, num_tokens], np.int64)
+        if num_tokens > begin + len(tokenizer.begin):
+            places.append((begin, num_tokens, number))
+    return np.concatenate(parts), np.array(places, np.int64).reshape(-1, 3)
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:

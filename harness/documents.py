@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from harness.corpus import Corpus, load_tokens, tokens_besides
+from harness.corpus import Corpus, document_lengths, tokens_besides
 
 Row = list[int]
 """Numbers of documents."""
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
 
     training: list[Row]
     held_out: list[Row]
-    """Of the last documents, a twentieth of the tokens at most or one document; empty where there is only one."""
+    """A twentieth of the tokens at most, or one document; empty where there is only one."""
 
 
 def make_rows(lengths: npt.NDArray[np.int64], sequence_length: int, besides: int, packs: bool) -> Rows:
@@ -37,8 +37,8 @@ def make_rows(lengths: npt.NDArray[np.int64], sequence_length: int, besides: int
     """
     positions = lengths - besides
     usable = np.flatnonzero(positions > 0)
-    split = _first_held_out(lengths[usable])
-    parts = usable[:split], usable[split:]
+    is_held_out = _held_out(lengths[usable])
+    parts = usable[~is_held_out], usable[is_held_out]
     if not packs:
         return Rows(*([[int(number)] for number in part] for part in parts))
     return Rows(
@@ -48,19 +48,17 @@ def make_rows(lengths: npt.NDArray[np.int64], sequence_length: int, besides: int
 
 def held_out_documents(corpus: Corpus, objective: str) -> int:
     """How many of a corpus are not trained on."""
-    assert corpus.documents is not None
-    lengths = np.diff(load_tokens(corpus.documents))
-    usable = lengths[lengths > tokens_besides(objective)]
-    return len(usable) - _first_held_out(usable)
+    lengths = document_lengths(corpus)
+    return int(_held_out(lengths[lengths > tokens_besides(objective)]).sum())
 
 
-def _first_held_out(lengths: npt.NDArray[np.int64]) -> int:
-    """Where the last documents begin that have a twentieth of the tokens at most, or the last one alone."""
-    if len(lengths) < 2:
-        return len(lengths)
+def _held_out(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """The last documents, as many as have a twentieth of the tokens at most; the shortest where even one has more."""
     behind = np.cumsum(lengths[::-1])[::-1]
-    few = np.flatnonzero(behind * 20 <= behind[0])
-    return int(few[0]) if len(few) else len(lengths) - 1
+    found: npt.NDArray[np.bool_] = behind * 20 <= lengths.sum()
+    if len(lengths) > 1 and not found.any():
+        found[len(lengths) - 1 - lengths[::-1].argmin()] = True
+    return found
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[Row]:

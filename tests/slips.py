@@ -90,7 +90,7 @@ SLIPS = [
                 "self._row(number)), self._mask, -1, number",
                 "self._row(number)), self._mask, step, number",
             ),
-            "a_row_is_one_document": ("sum(length * min(length, most) for length in lengths)", "sum(lengths) ** 2"),
+            "a_row_is_one_document": ("sum(length * length for length in lengths)", "sum(lengths) ** 2"),
             "masks_of_every_step_alike": ('self._seed, step, number, "mask")', 'self._seed, number, "mask")'),
             "padding_belongs_to_the_last_document": (
                 "np.arange(len(row) + 1), [",
@@ -128,8 +128,8 @@ SLIPS = [
             ),
             "rows_overflow": ("bisect_left(sizes, lengths[number])", "bisect_left(sizes, lengths[number] - 1)"),
             "held_out_documents_are_trained_on": (
-                "parts = usable[:split], usable[split:]",
-                "parts = usable, usable[split:]",
+                "parts = usable[~is_held_out], usable[is_held_out]",
+                "parts = usable, usable[is_held_out]",
             ),
         },
     ),

@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import sys
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from harness import corpus as module
-from harness.corpus import Corpus, draw, load_tokens, prepare_corpus, sample_start
+from harness.corpus import Corpus, document_lengths, draw, load_tokens, prepare_corpus, sample_start
 from harness.errors import ConfigError
 from harness.spec.config import Data
 
@@ -300,22 +299,27 @@ def test_random_tokens_cover_the_vocabulary_evenly() -> None:
 def documents_of(corpus: Corpus) -> list[str]:
     assert corpus.path is not None
     assert corpus.documents is not None
-    tokens, begins = load_tokens(corpus.path), load_tokens(corpus.documents)
-    return [bytes(tokens[a:b].astype(np.uint8)).decode() for a, b in pairwise(begins)]
+    tokens = load_tokens(corpus.path)
+    return [bytes([*tokens[a:b], *corpus.end]).decode() for a, b, _ in load_tokens(corpus.documents)]
 
 
-def test_documents_end_with_what_separates_them(tmp_path: Path) -> None:
-    for name, content in {"a.txt": "first", "b.txt": "", "c.txt": "third"}.items():
+def test_documents_end_with_what_separates_them_and_empty_ones_are_none(tmp_path: Path) -> None:
+    for name, content in {"a.txt": "first", "b.txt": "", "c.txt": "third", "d.txt": ""}.items():
         (tmp_path / name).write_text(content)
     corpus = prepare_corpus(data(tmp_path / "*.txt"), 256, 4)
-    assert documents_of(corpus) == ["first\n\n", "\n\n", "third"]
+    assert text_of(corpus) == "first\n\n\n\nthird\n\n"
+    assert documents_of(corpus) == ["first\n\n", "third\n\n"]
+    assert document_lengths(corpus).tolist() == [7, 7]
+    assert corpus.documents is not None
+    assert load_tokens(corpus.documents)[:, 2].tolist() == [0, 2]
     assert corpus.num_ids == 256
     assert (corpus.mask_token, corpus.special_tokens) == (256, ())
 
 
 def test_a_document_longer_than_a_sample_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "0.txt").touch()
     (tmp_path / "a.txt").write_text("x" * 8)
-    (tmp_path / "b.txt").write_text("y" * 12)
+    (tmp_path / "b.txt").write_text("y" * 10)
     for documents in ("padded", "packed"):
         source = data(tmp_path / "*.txt").model_copy(update={"documents": documents})
         prepare_corpus(source, 256, 11)
@@ -330,12 +334,18 @@ def test_a_document_longer_than_a_sample_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_texts_without_a_document_that_can_be_learned_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").touch()
     source = data(tmp_path / "*.txt").model_copy(update={"documents": "padded"})
-    with pytest.raises(ConfigError, match=r"has no document of 2 tokens or more; give another text, or use data\.doc"):
-        prepare_corpus(source, 256, 8)
-    assert prepare_corpus(source, 257, 8, "masked").num_tokens == 1
+    for objective in ("causal", "masked"):
+        with pytest.raises(
+            ConfigError, match=r"has no document of [12] tokens or more; give another text, or use data\."
+        ):
+            prepare_corpus(source, 257, 8, objective)
+    (tmp_path / "a.txt").write_text("x")
+    assert documents_of(prepare_corpus(source, 257, 8)) == ["x\n\n"]
     (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").unlink()
     with pytest.raises(ConfigError, match=r"matches no file"):
         prepare_corpus(source, 256, 8)
 
@@ -373,8 +383,9 @@ def test_a_tokenizer_of_bert_begins_and_ends_documents(tmp_path: Path) -> None:
     assert corpus.path is not None
     assert corpus.documents is not None
     assert load_tokens(corpus.path).tolist() == [2, 5, 6, 3, 2, 6]
-    assert load_tokens(corpus.documents).tolist() == [0, 4, 6]
-    assert (corpus.mask_token, corpus.special_tokens, corpus.num_ids) == (4, (0, 1, 2, 3, 4), 7)
+    assert load_tokens(corpus.documents).tolist() == [[0, 3, 0], [4, 6, 1]]
+    assert (corpus.mask_token, corpus.end, corpus.num_ids) == (4, (3,), 7)
+    assert corpus.special_tokens == (0, 2, 3, 4)  # an unknown word is a word
 
 
 def test_the_fingerprint_is_that_of_the_samples(story: Path, tmp_path: Path) -> None:
@@ -389,7 +400,7 @@ def test_the_fingerprint_is_that_of_the_samples(story: Path, tmp_path: Path) -> 
     cut = [prepare_corpus(data(place), 257, 11).fingerprint for place in (folder, whole)]
     assert cut[0] == cut[1] == hashlib.sha256(np.frombuffer(whole.read_bytes(), np.uint8).astype(np.uint16)).hexdigest()
     others = [
-        prepare_corpus(data(place).model_copy(update=kind), 257, 16, objective).fingerprint
+        prepare_corpus(data(place).model_copy(update=kind), 257, 19, objective).fingerprint
         for place in (folder, whole)
         for kind in kinds
         for objective in ("causal", "masked")

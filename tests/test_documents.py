@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import MODELS
 
-from harness.corpus import Corpus
+from harness.corpus import Corpus, document_lengths
 from harness.documents import make_rows, pack
 from harness.errors import ConfigError
 from harness.launch.points import data_identity
@@ -29,7 +29,6 @@ from harness.model.loss import IGNORE_INDEX
 from harness.run.data import (
     CorpusSamples,
     HeldOutSamples,
-    Load,
     Masks,
     Sample,
     documents_of,
@@ -42,6 +41,7 @@ from harness.run.engines.torch.engine import TorchEngine
 from harness.run.evaluate import Evaluation
 from harness.run.parity import MaskedSamples
 from harness.spec.config import RunConfig
+from harness.spec.counts import training_flops_per_token
 
 SEQUENCE = 16
 MASK, SPECIAL = 900, (7, 8)
@@ -54,8 +54,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     lengths = np.random.default_rng(1).integers(1, SEQUENCE + 1, 60)
     tokens = np.concatenate([(10 * k + np.arange(n)) % MASK for k, n in enumerate(lengths)]).astype(np.uint16)
     np.save(folder / "tokens.npy", tokens)
-    np.save(folder / "documents.npy", np.concatenate([[0], np.cumsum(lengths)]))
-    return Corpus(folder / "tokens.npy", len(tokens), "uint16", "f", "d", folder / "documents.npy", MASK, MASK, SPECIAL)
+    ends = np.cumsum(lengths)
+    np.save(folder / "documents.npy", np.stack((ends - lengths, ends, np.arange(60)), axis=1))
+    documents = folder / "documents.npy"
+    return Corpus(folder / "tokens.npy", len(tokens), "uint16", "f", "d", documents, (), MASK, MASK, SPECIAL)
 
 
 def configure(documents: str, objective: str = "causal", *overrides: str) -> RunConfig:
@@ -68,8 +70,8 @@ def configure(documents: str, objective: str = "causal", *overrides: str) -> Run
 def document(corpus: Corpus, number: int) -> list[int]:
     assert corpus.path is not None
     assert corpus.documents is not None
-    begins = np.load(corpus.documents)
-    return [int(token) for token in np.load(corpus.path)[begins[number] : begins[number + 1]]]
+    begin, end, _ = np.load(corpus.documents)[number]
+    return [int(token) for token in np.load(corpus.path)[begin:end]]
 
 
 # --- packing
@@ -103,7 +105,7 @@ def test_packing_many_documents_leaves_next_to_nothing() -> None:
 
 def test_held_out_documents_are_the_last_and_never_trained_on(corpus: Corpus) -> None:
     assert corpus.documents is not None
-    lengths = np.diff(np.load(corpus.documents))
+    lengths = document_lengths(corpus)
     for besides, packs in product((0, 1), (False, True)):
         rows = make_rows(lengths, SEQUENCE, besides, packs)
         training, held_out = (sorted(n for row in part for n in row) for part in rows)
@@ -113,8 +115,10 @@ def test_held_out_documents_are_the_last_and_never_trained_on(corpus: Corpus) ->
         if not packs:
             assert all(len(row) == 1 for part in rows for row in part)
     assert make_rows(np.array([5]), SEQUENCE, 1, False) == ([[0]], [])
-    assert make_rows(np.array([5, 9]), SEQUENCE, 1, False) == ([[0]], [[1]])
-    assert make_rows(np.array([5, 16, 2]), SEQUENCE, 1, False) == ([[0], [1]], [[2]])
+    assert make_rows(np.array([5, 9]), SEQUENCE, 1, False) == ([[1]], [[0]])
+    assert make_rows(np.array([16, 5, 16]), SEQUENCE, 1, False) == ([[0], [2]], [[1]])  # the shortest
+    assert make_rows(np.array([5, 16, 5]), SEQUENCE, 1, False) == ([[0], [1]], [[2]])
+    assert make_rows(np.array([10, 10, 10, 10, 10, 10, 1, 2]), SEQUENCE, 1, False)[1] == [[7]]
     assert make_rows(np.array([1, 5, 1]), SEQUENCE, 1, True) == ([[1]], [])
 
 
@@ -142,7 +146,7 @@ def test_a_row_holds_whole_documents_and_predicts_inside_of_each(
         assert (inputs[first:] == 0).all()
         assert (targets[first:] == IGNORE_INDEX).all()
     others = (CorpusSamples if held_out else HeldOutSamples)(config, corpus)
-    assert not set(seen) & {int(others.sample(3, n).inputs[0]) // 10 for n in range(config.train.eval_samples)}
+    assert not set(seen) & {int(others.sample(3, n).inputs[0]) // 10 for n in range(60) if others.lengths(3, n)}
     most = max(len(samples.lengths(3, n)) for n in range(20))
     assert (most == 1) if documents == "padded" else (most > 1 or held_out)
 
@@ -215,10 +219,30 @@ def test_the_load_of_a_step(corpus: Corpus) -> None:
     config = configure("packed", "causal", "train.global_batch_size=4")
     samples = CorpusSamples(config, corpus)
     lengths = [n for number in range(4) for n in samples.lengths(1, number)]
-    assert load_of(config, samples, 1) == Load(sum(lengths), sum(n * n for n in lengths))
     window = config.model_copy(update={"model": config.model.model_copy(update={"sliding_window": 4})})
-    assert load_of(window, samples, 1) == Load(sum(lengths), sum(n * min(n, 4) for n in lengths))
-    assert load_of(configure("cut"), CorpusSamples(configure("cut"), corpus), 0) == Load(8 * 16, 8 * 16 * 16)
+    for own in (config, window):
+        load = load_of(own, samples, 1)
+        assert load[:2] == (sum(lengths), sum(n * n for n in lengths))
+        for found, causal in ((load.flops, False), (load.causal_flops, True)):
+            assert found == sum(n * training_flops_per_token(own.model, n, causal) for n in lengths)
+    assert load_of(configure("cut"), CorpusSamples(configure("cut"), corpus), 0)[:2] == (8 * 16, 8 * 16 * 16)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 10, 64, 100])
+def test_held_out_rows_are_evaluated_once_and_evenly_spread(tmp_path: Path, count: int) -> None:
+    """64 samples are asked for: each row once where there are fewer, else that many of them."""
+    lengths = np.array([1000] * (count + 2) + [50] * count)  # the short ones are held out
+    ends = np.cumsum(lengths)
+    np.save(tmp_path / "tokens.npy", np.repeat(np.arange(len(lengths)), lengths).astype(np.uint32))
+    np.save(tmp_path / "documents.npy", np.stack((ends - lengths, ends, np.arange(len(lengths))), axis=1))
+    many = Corpus(tmp_path / "tokens.npy", int(ends[-1]), "uint32", "", "", tmp_path / "documents.npy", num_ids=9999)
+    config = configure("padded", "causal", "model.max_position_embeddings=1024", "train.sequence_length=1000")
+    samples = HeldOutSamples(config, many)
+    seen = [int(samples.sample(0, n).inputs[0]) for n in range(64) if samples.lengths(0, n)]
+    assert len(seen) == len(set(seen)) == min(64, count)
+    assert all(number >= count + 2 for number in seen)
+    assert {count + 2, 2 * count + 1} <= {*seen}
+    assert samples.num_valid_targets(0) == 49 * len(seen)
 
 
 # --- random tokens

@@ -131,13 +131,16 @@ def test_summary_by_hand() -> None:
 
 def test_padding_is_no_throughput() -> None:
     """Documents of 100 tokens each in rows of 128, 800 of 1024 positions in a step; attention to 100 tokens."""
-    records = [replace(record, tokens=800, pairs=8 * 100**2) for record in step_records([9.0, 9.0, 0.5, 0.5])]
     config = make_config("data.documents=padded")
+    flops, causal_flops = (800 * training_flops_per_token(config.model, 100, causal) for causal in (False, True))
+    load = {"tokens": 800, "pairs": 8 * 100**2, "flops": flops, "causal_flops": causal_flops}
+    records = [replace(record, **load) for record in step_records([9.0, 9.0, 0.5, 0.5])]
     run = MeasuredRun(config, records, MACHINE)
     assert run.tokens_per_second == 800 / 0.5
     assert run.padding_fraction == 1 - 800 / 1024
     assert run.attended_length == 100
-    assert run.flops_per_second() == 1600 * training_flops_per_token(config.model, 100)
+    assert run.flops_per_second() == flops / 0.5
+    assert run.flops_per_second(causal=True) == causal_flops / 0.5
     line = metrics_line(records[0], config)
     assert (line["data/tokens"], line["data/pairs"], line["perf/tokens_per_second"]) == (800, 80_000, 800 / 9)
     assert record_of(line) == replace(records[0], forward_seconds=[], backward_seconds=[])

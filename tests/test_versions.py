@@ -170,6 +170,14 @@ def test_a_checkpoint_from_before_a_key_is_resumed_where_the_key_is_as_before(tm
                     check_resume(path, model.model_dump(), train, later_in(model))
 
 
+def test_a_checkpoint_without_an_objective_was_causal(tmp_path: Path) -> None:
+    path, model = checkpoint(tmp_path / "before"), make_config().model
+    with pytest.raises(
+        ConfigError, match=r"was trained with train\.objective=causal, not masked; use train\.objective=c"
+    ):
+        check_resume(path, model.model_dump(), make_config().train.model_dump() | {"objective": "masked"}, {})
+
+
 # --- runs of a later version
 
 

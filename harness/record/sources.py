@@ -93,7 +93,11 @@ class MeasuredRun:
         """
         if not computes(self.config):
             return None
-        per_token = training_flops_per_token(self.config.model, self.attended_length, causal)
+        counted = [record.causal_flops if causal else record.flops for record in self.timed]
+        known = [flops for flops in counted if flops is not None]
+        if known:
+            return fmean(known) / self.step_seconds / self.config.parallel.world_size
+        per_token = training_flops_per_token(self.config.model, self.config.train.sequence_length, causal)
         return self.tokens_per_second_per_device * per_token
 
     def share_of(self, flops_per_second: float | None) -> float | None:

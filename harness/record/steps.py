@@ -15,6 +15,9 @@ from harness.record.store import Attempt, read_jsonl
 from harness.spans.span import Bubble
 from harness.spec.config import RunConfig
 
+LOAD = ("tokens", "pairs", "flops", "causal_flops")
+"""What a global batch has to compute, where documents are not cut."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -42,7 +45,11 @@ class StepRecord:
     tokens: int | None = None
     """Positions of the global batch that are no padding, where documents may leave some; None: there is none."""
     pairs: int | None = None
-    """Of positions of the same document and window, where documents are not cut: attention is over that many."""
+    """Of positions of the same document, where documents are not cut."""
+    flops: int | None = None
+    """Of training on these tokens, each in its own document; None where documents are cut."""
+    causal_flops: int | None = None
+    """The same with the part of attention that a causal mask leaves."""
     launch_gap_fraction: float | None = None
     """At most this share of forward and backward time GPUs waited for the host to launch; None on CPU."""
 
@@ -68,7 +75,7 @@ def tokens_of(record: StepRecord, config: RunConfig) -> int:
 def metrics_line(record: StepRecord, config: RunConfig) -> dict[str, Any]:
     """One line of metrics.jsonl, and one point of wandb's history."""
     loss = record.eval_loss
-    load = {} if record.tokens is None else {"data/tokens": record.tokens, "data/pairs": record.pairs}
+    load = {} if record.tokens is None else {f"data/{key}": getattr(record, key) for key in LOAD}
     evaluation = {} if loss is None else {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     return {
         "step": record.step,
@@ -102,8 +109,7 @@ def record_of(line: Mapping[str, Any]) -> StepRecord:
         backward_seconds=[],
         peak_memory_bytes=line["memory/peak_bytes"],
         eval_loss=line.get("eval/loss"),
-        tokens=line.get("data/tokens"),
-        pairs=line.get("data/pairs"),
+        **{key: line.get(f"data/{key}") for key in LOAD},
     )
 
 

@@ -13,17 +13,19 @@ masked (arXiv 1810.04805, section 3.1) it is the token itself, where that was ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from harness.corpus import Corpus, draw, load_tokens, sample_start, tokens_besides
+from harness.corpus import Corpus, document_lengths, draw, load_tokens, sample_start, tokens_besides
 from harness.documents import Row, make_rows
 from harness.model.context import Documents, PassContext
 from harness.model.loss import IGNORE_INDEX
 from harness.spec.config import RunConfig
+from harness.spec.counts import training_flops_per_token
 
 MicroBatch = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 Integers = npt.NDArray[np.int64]
@@ -47,7 +49,11 @@ class Load(NamedTuple):
     tokens: int
     """Positions that are no padding."""
     pairs: int
-    """Of positions of the same document, or of as many as a window has: what attention is computed for in full."""
+    """Of positions of the same document."""
+    flops: int
+    """Of training on these tokens, each in its document, as `training_flops_per_token` counts them."""
+    causal_flops: int
+    """The same with the part of attention that a causal mask leaves."""
 
 
 class Samples(Protocol):
@@ -92,8 +98,10 @@ class HeldOutSamples:
     """Rows that training never sees, the same at every evaluation, evenly spread over the held-out text."""
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
-        self._config, self._count = config, config.train.eval_samples
-        self._source = _source_of(config, corpus, held_out=True)
+        self._config, self._source = config, _source_of(config, corpus, held_out=True)
+        # Of documents each row once at most; of windows there are as many as one asks for.
+        rows = self._source.num_rows if config.data.documents != "cut" else None
+        self._count = min(config.train.eval_samples, rows or config.train.eval_samples)
         self._mask = Masks(config, corpus) if config.train.objective == "masked" else None
 
     def _row(self, number: int) -> Any:
@@ -115,7 +123,11 @@ class HeldOutSamples:
 
     def num_valid_targets(self, step: int) -> int:
         """Of all rows."""
-        return _count_targets(self, self._count, step, self._mask is not None)
+        return self._num_targets
+
+    @cached_property
+    def _num_targets(self) -> int:
+        return _count_targets(self, self._count, -1, self._mask is not None)
 
 
 def _count_targets(samples: Samples, count: int, step: int, is_masked: bool) -> int:
@@ -147,10 +159,8 @@ def _source_of(config: RunConfig, corpus: Corpus, held_out: bool) -> _Source:
     if config.data.documents == "cut":
         part = corpus.ranges(length)[held_out]
         return _Windows(tokens[part.start : part.stop], length, besides)
-    assert corpus.documents is not None
-    begins = load_tokens(corpus.documents)
-    rows = make_rows(np.diff(begins), length, besides, config.data.documents == "packed")
-    return _DocumentRows(tokens, begins, rows[held_out], besides)
+    rows = make_rows(document_lengths(corpus), length, besides, config.data.documents == "packed")
+    return _DocumentRows(tokens, corpus, rows[held_out], besides)
 
 
 class _Windows:
@@ -172,19 +182,21 @@ class _Windows:
 class _DocumentRows:
     """Of whole documents."""
 
-    def __init__(
-        self, tokens: npt.NDArray[np.integer], begins: npt.NDArray[np.int64], rows: Sequence[Row], besides: int
-    ) -> None:
-        self._tokens, self._begins, self._rows, self._besides = tokens, begins, rows, besides
+    def __init__(self, tokens: npt.NDArray[np.integer], corpus: Corpus, rows: Sequence[Row], besides: int) -> None:
+        assert corpus.documents is not None
+        self._tokens, self._places, self._end = tokens, load_tokens(corpus.documents), np.array(corpus.end, np.int64)
+        self._rows, self._besides = rows, besides
         self.num_rows: int | None = len(rows)
 
     def documents(self, row: int) -> list[Integers]:
-        """Whole."""
-        return [self._tokens[self._begins[k] : self._begins[k + 1]].astype(np.int64) for k in self._rows[row]]
+        """Whole, with their ends."""
+        places = [self._places[k] for k in self._rows[row]]
+        return [np.concatenate((self._tokens[a:b], self._end), dtype=np.int64) for a, b, _ in places]
 
     def lengths(self, row: int) -> list[int]:
         """Positions of each."""
-        return [int(self._begins[k + 1] - self._begins[k]) - self._besides for k in self._rows[row]]
+        besides = self._besides - len(self._end)
+        return [int(self._places[k][1] - self._places[k][0]) - besides for k in self._rows[row]]
 
 
 class _RandomRows:
@@ -283,8 +295,13 @@ def numbers_of(config: RunConfig, micro_batch: int, dp_rank: int) -> range:
 def load_of(config: RunConfig, samples: Samples, step: int) -> Load:
     """What the global batch of a step has to compute."""
     lengths = [n for number in range(config.train.global_batch_size) for n in samples.lengths(step, number)]
-    most = config.model.sliding_window or config.train.sequence_length
-    return Load(sum(lengths), sum(length * min(length, most) for length in lengths))
+
+    @cache
+    def flops(length: int, causal: bool) -> int:
+        return length * training_flops_per_token(config.model, length, causal)
+
+    sums = (sum(flops(length, causal) for length in lengths) for causal in (False, True))
+    return Load(sum(lengths), sum(length * length for length in lengths), *sums)
 
 
 def tell_documents(context: PassContext, config: RunConfig, samples: Samples) -> None:

@@ -151,8 +151,7 @@ class Loop:
             backward_seconds=[sum(a.backward_seconds for a in stage) / len(stage) for stage in stages],
             peak_memory_bytes=max(self.peak_bytes),
             eval_loss=eval_loss,
-            tokens=load.tokens if load is not None else None,
-            pairs=load.pairs if load is not None else None,
+            **(load._asdict() if load is not None else {}),
             launch_gap_fraction=launch_gap_fraction(ranks) if self.device.type == "cuda" else None,
         )
         self.records.append(record)
