@@ -148,7 +148,7 @@ SLIPS = [
         "tests/test_model.py -k equals_transformers",
         False,
         {
-            "norms_of_heads_after_rotation": (
+            "norms_of_heads_swapped": (
                 "            query, key = self.query_norm(query), self.key_norm(key)\n",
                 "            query, key = self.key_norm(query), self.query_norm(key)\n",
             ),
@@ -760,6 +760,10 @@ SLIPS = [
         "tests/test_model.py -k dropout_is_where",
         False,
         {
+            "no_dropout_before_the_norm_after_attention": (
+                "self.attention_norm(hidden + self.attention_dropout(self.attention(hidden)))",
+                "self.attention_norm(hidden + self.attention(hidden))",
+            ),
             "no_dropout_after_attention": (
                 "self.attention_dropout(self.attention(self.attention_norm(hidden)))",
                 "self.attention(self.attention_norm(hidden))",

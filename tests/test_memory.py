@@ -15,11 +15,12 @@ from harness.model.context import PassContext
 from harness.model.emulated import EmulatedBlock
 from harness.model.groups import TensorParallel
 from harness.model.precision import dtype_of
-from harness.model.weight_gradients import WeightGradients, add_gradients
+from harness.model.weight_gradients import PutOff, WeightGradients, add_gradients
 from harness.plan.memory import (
     block_activation_bytes_per_token,
     gradient_bytes_per_parameter,
     head_inputs,
+    head_puts_off,
     memory_beside_measured,
     memory_per_stage,
     optimizer_bytes_per_parameter,
@@ -190,6 +191,30 @@ def test_blocks_of_a_pass_keep_one_mask_of_documents() -> None:
     assert packed.activation_bytes - cut.activation_bytes == positions * 4 * config.train.sequence_length
 
 
+def test_what_is_peculiar_to_families_by_hand() -> None:
+    """Statistics of norms of heads; the mask of a window; what BERT has before its blocks and behind them."""
+
+    def stages(*overrides: str) -> list[float]:
+        return [stage.activation_bytes for stage in memory_per_stage(big(*overrides), [2, 2])]
+
+    common = ("parallel.pp=2", "train.micro_batch_size=2", "train.global_batch_size=8")
+    llama = ("model=llama_tiny", "model.num_key_value_heads=2", "parallel.tp=2", *common)
+    tokens, in_flight = 2 * 128, (2, 1)
+    plain, normed = stages(*llama), stages(*llama, "model.family=qwen3")
+    for stage in range(2):  # 4 query heads and 1 key head on a rank
+        assert normed[stage] - plain[stage] == in_flight[stage] * tokens * 2 * 4 * (4 + 1)
+    windowed = stages(*llama, "model.family=mistral", "model.sliding_window=100")
+    assert [b - a for a, b in zip(plain, windowed, strict=True)] == [4 * 128 * 128] * 2
+    assert stages(*llama, "model.family=mistral", "model.sliding_window=128") == plain
+
+    shape = ("model.vocab_size=257", "train.objective=causal", *common)
+    bert, encoder = (stages(f"model={name}", *shape) for name in ("bert_tiny", "encoder_tiny"))
+    gelu = 2 * 4 * 1024  # its input, in two blocks
+    first, last = ((b - a) / tokens for a, b in zip(encoder, bert, strict=True))
+    assert first == 2 * (gelu + 4 * 256)  # and the input of the embedding's norm, of two micro-batches
+    assert last == gelu + 3 * 4 * 256
+
+
 @pytest.mark.parametrize(("name", "inputs"), [("bert_tiny", 4), ("encoder_tiny", 1), ("gpt2_tiny", 2)])
 def test_pytorch_keeps_the_inputs_of_what_is_behind_the_blocks(name: str, inputs: int) -> None:
     """Of dense layer, activation and norm, or of a norm, and of the output matrix; besides, a norm's statistics."""
@@ -217,13 +242,29 @@ def test_half_of_a_split_backward_pass_keeps_as_much_for_the_other(overrides: li
     output = block(torch.randn(2, 64, model.hidden_size, dtype=dtype, requires_grad=True))
     output.backward(torch.randn_like(output))
     left = later.take()
-    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    held = [cell.cell_contents for part in left for cell in part.compute.__closure__ or ()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
-    num_bytes = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
-    assert num_bytes / (2 * 64) == put_off_bytes_per_token(model, config.parallel, config.train.precision)
+    assert left_bytes(left, block) / (2 * 64) == put_off_bytes_per_token(model, config.parallel, config.train.precision)
     add_gradients(left)
     assert all(parameter.grad is not None for parameter in block.parameters())
+
+
+def left_bytes(left: list[PutOff], module: nn.Module) -> int:
+    """Held by what was put off, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    held = [cell.cell_contents for part in left for cell in part.compute.__closure__ or ()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("name", ["gpt2_tiny", "bert_tiny"])
+def test_what_is_behind_the_blocks_puts_off_as_much(name: str) -> None:
+    model, later = make_config(f"model={name}", "model.tie_word_embeddings=false").model, WeightGradients()
+    layers = describe_layers(model, TensorParallel.single(later))
+    behind = [layer for layer in layers if layer.name == "final_norm" or layer.name.startswith("head")]
+    head = nn.Sequential(*(layer.build() for layer in behind))
+    output = head(torch.randn(2, 64, model.hidden_size, requires_grad=True))
+    output.backward(torch.randn_like(output))
+    counted = head_puts_off(model) * model.hidden_size + model.vocab_size
+    assert left_bytes(later.take(), head) / (2 * 64) == 4 * counted
 
 
 def test_a_block_that_waits_keeps_nothing_and_holds_its_vector_whole() -> None:

@@ -42,9 +42,10 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("float64")
-def test_dropout_is_where_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_dropout_is_where_transformers_has_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a factor that depends on the rate in place of every draw."""
-    model, attend = tiny_model(dropout=0.25), F.scaled_dot_product_attention
+    model, attend = MODELS[name].model_copy(update={"dropout": 0.25}), F.scaled_dot_product_attention
 
     def scale(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return x * (1 - 2 * p) if training else x

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import run_ranks
-from helpers import make_config
+from helpers import MACHINE, compose_raw, make_config
 from test_checkpoint import TINY
 
 from harness.checkpoints import directory_of
 from harness.errors import ConfigError
 from harness.record.store import read_json
+from harness.spec.families import FAMILIES
+from harness.spec.resolve import load_config
 
 COMMON = [*TINY, "train.steps=6", "train.warmup_steps=1", "train.eval_interval=3", "model.dropout=0.1"]
 VARIED = ["train.activation_checkpointing=full", "train.gradient_clipping=0.5", "model.tie_word_embeddings=false"]
@@ -135,6 +138,16 @@ def test_where_their_time_goes_is_known(
         ("dtensor", "parallel.tp=2 model.dropout=0.1", "draws no masks, but model.dropout=0.1; use 0"),
         ("dtensor", "parallel.tp=2 model.onednn=true", "computes products as torch does; use model.onednn=null"),
         ("dtensor", "parallel.tp=2 model=emulated", "has no layers for model.family=emulated"),
+        ("dtensor", "parallel.tp=2 model=bert_tiny", "has no layers for model.family=bert"),
+        ("dtensor", "parallel.tp=2 model=encoder_tiny", "has no layers for model.family=encoder"),
+        ("dtensor", "parallel.tp=2 model=llama_tiny model.family=qwen3", "has no layers for model.family=qwen3"),
+        ("dtensor", "parallel.tp=2 model.type_vocab_size=2", "has no layers for model.family=gpt2"),
+        (
+            "dtensor",
+            "parallel.tp=2 model=llama_tiny model.sliding_window=64",
+            "has no window, but model.sliding_window=64",
+        ),
+        ("dtensor", "parallel.tp=2 data.documents=packed", "has no masks for data.documents=packed"),
         ("dtensor", "parallel.schedule=zb_h1", "splits backward passes, which parallel.engine=dtensor can't"),
         ("ddp", "parallel.tp=2", "parallel.engine=ddp runs data parallelism without ZeRO, not tp=2"),
         ("ddp", "parallel.dp=2 parallel.schedule=gpipe", "not parallel.schedule=gpipe; use 1f1b"),
@@ -143,3 +156,15 @@ def test_where_their_time_goes_is_known(
 def test_what_they_can_not_run_is_refused(engine: str, overrides: str, words: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
         make_config(f"parallel.engine={engine}", *overrides.split())
+
+
+def test_dtensor_runs_no_trait_that_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family that is added later, too: what an engine knows is listed, not what it doesn't."""
+    traits: list[dict[str, Any]] = [
+        {"positions": "sinusoidal"}, {"norm_after": True}, {"head_norms": True}, {"embedding_norm": True},
+        {"head_transform": True}, {"causal": False},
+    ]  # fmt: skip
+    for trait in traits:
+        monkeypatch.setitem(FAMILIES, "other", replace(FAMILIES["gpt2"], **trait))
+        with pytest.raises(ConfigError, match=r"has no layers for model\.family=other"):
+            load_config(compose_raw("parallel.engine=dtensor", "parallel.tp=2", "model.family=other"), MACHINE)

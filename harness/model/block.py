@@ -120,13 +120,18 @@ class ParallelAttention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
         mask = self.context.mask(query, self.causal, self.window)
-        # enable_gqa beats repeated keys on CPU; either way this is flash attention (on CPU without dropout only).
+        grouped = self.grouped
+        if grouped and mask is not None and query.device.type != "cpu":  # no fused kernel takes both there
+            key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
+            grouped = False
+        # enable_gqa beats repeated keys on CPU; without a mask either way this is flash attention (on CPU also with
+        # one, but without dropout only).
         attend = partial(
             F.scaled_dot_product_attention,
             attn_mask=mask,
             dropout_p=self.dropout.current_rate,
             is_causal=self.causal and mask is None,
-            enable_gqa=self.grouped,
+            enable_gqa=grouped,
         )
         attended = self.dropout.drawing(attend, query, key, value)
         output: Tensor = self.output(attended.transpose(1, 2).flatten(-2))

@@ -162,10 +162,24 @@ def put_off_bytes_per_token(model: Model, parallel: Parallel, precision: Precisi
     return (inputs + outputs) * PRECISIONS[precision].bytes_per_value
 
 
+def window_bytes(config: RunConfig) -> int:
+    """The mask of a window that hides something, one for all passes of a rank; documents bring masks of their own."""
+    window, length = config.model.sliding_window, config.train.sequence_length
+    if config.masks_documents or window is None or window >= length:
+        return 0
+    return PRECISIONS[config.train.precision].bytes_per_value * length**2
+
+
 def head_inputs(model: Model) -> int:
     """Tensors of the hidden width that what comes after the blocks saves: its inputs, each once."""
     architecture = model.architecture
     return 1 + (not architecture.norm_after) + 3 * architecture.head_transform
+
+
+def head_puts_off(model: Model) -> int:
+    """Tensors of the hidden width that it keeps between the halves of a split backward pass: the inputs of products,
+    and the gradient of the output of one whose output is as wide."""
+    return 1 + 2 * model.architecture.head_transform
 
 
 def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule: Schedule, stage: int) -> float:
@@ -194,12 +208,11 @@ def activation_bytes(config: RunConfig, layers_per_part: Sequence[int], schedule
         held.append(
             of_blocks + seen + dropped + normalized + (head_inputs(model) * hidden + FP32_BYTES * columns) * last
         )
-        dense = model.architecture.head_transform * (hidden + hidden)  # its input and the gradient of its output
-        of_ends = model.hidden_size * value * first + (hidden + value * columns + dense) * last
+        of_ends = model.hidden_size * value * first + (head_puts_off(model) * hidden + value * columns) * last
         waiting.append(layers_per_part[part] * put_off + of_ends)
     per_token = most_held(schedule.stages[stage], held, waiting if schedule.splits_backward else held)
     if checkpointing:
         per_token += block + masks
     if placement.num_parts - 1 in placement.parts_of(stage):
         per_token += value * columns * (2 if value < FP32_BYTES else 1)
-    return per_token * train.micro_batch_size * train.sequence_length
+    return per_token * train.micro_batch_size * train.sequence_length + window_bytes(config)

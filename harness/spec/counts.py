@@ -1,10 +1,11 @@
 """Parameters, FLOPs and bytes of a model: per layer, per stage, in all. One count serves prediction and
 measurement.
 
-A transformer is cut into pipeline layers: the embedding, N blocks, and the head (final norm and output
-projection). FLOPs are the exact matrix products of a training step: forward once, backward twice that;
-attention is counted in full (not halved for causality) unless asked, the output head once, the embedding
-look-up not at all, and recomputation never. Both follow from the table of parameters (`harness.spec.parameters`).
+A transformer is cut into pipeline layers: what comes before the blocks, N blocks, and the head (what comes
+after them, with the output projection). FLOPs are the exact matrix products of a training step: forward once,
+backward twice that; attention is counted in full (not halved for causality) unless asked, the output head once, the
+embedding look-up not at all, and recomputation never. Both follow from the table of parameters
+(`harness.spec.parameters`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def block_parameters(model: Model) -> int:
 
 
 def embedding_parameters(model: Model) -> int:
-    """Token embedding, and learned positions."""
+    """What comes before the blocks: embeddings and their norm."""
     return _total(embedding_specs(model))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from harness.errors import ConfigError
@@ -61,13 +61,18 @@ def check_torch(config: RunConfig) -> None:
         )
 
 
+DTENSOR_TRAITS = frozenset({"summary", "norm", "positions", "activation", "gated", "biases", "transformers"})
+"""In which families may differ that `harness.run.engines.torch.tensor_parallel` has layers for."""
+
+
 def check_dtensor(config: RunConfig) -> None:
     """Refuse what our model under DTensor can't run."""
     model, tp = config.model, config.parallel.tp
     _check_plain(config, "tensor parallelism", ("tp",))
     family = model.architecture
-    has_others = family.norm_after or family.head_norms or family.embedding_norm or family.head_transform
-    if not family.computes or has_others or model.type_vocab_size > 0:
+    others = (field for field in fields(family) if field.name not in DTENSOR_TRAITS)
+    has_others = any(getattr(family, field.name) != field.default for field in others)
+    if has_others or family.positions not in ("learned", "rotary") or model.type_vocab_size > 0:
         raise ConfigError(
             f"parallel.engine=dtensor has no layers for model.family={model.family}; use parallel.engine=deepspeed"
         )

@@ -44,7 +44,7 @@ class LayerSeconds:
     embedding: tuple[float, float, float]
     block: tuple[float, float, float]
     head: tuple[float, float, float]
-    """Final norm, output projection and loss."""
+    """What comes after the blocks, and the loss."""
 
     def of_parts(self, layers_per_part: list[int]) -> list[list[float]]:
         """The same of every part of the model, in its order."""
