@@ -314,6 +314,13 @@ def test_shares_of_what_is_masked(corpus: Corpus) -> None:
         assert abs(kinds[kind] - share * kinds["chosen"]) < 4 * deviation + kinds["chosen"] / MASK, kind
 
 
+def test_a_row_is_masked_anew_in_every_step_and_with_every_seed(corpus: Corpus) -> None:
+    row = masked(corpus, 1)[0][0]
+    masks = [Masks(configure("cut", "masked", f"train.seed={seed}"), corpus) for seed in (1, 2)]
+    found = [masks[seed](row, step, number).targets.tolist() for seed, step, number in product((0, 1), (0, 1), (0, 1))]
+    assert len({tuple(targets) for targets in found}) == 8
+
+
 @pytest.mark.parametrize("documents", ["cut", "padded", "packed"])
 def test_every_row_has_something_to_predict_and_no_padding(corpus: Corpus, documents: str) -> None:
     for before, after in masked(corpus, 300, documents):
