@@ -385,6 +385,17 @@ def test_what_transformers_has_not_is_refused(tmp_path: Path) -> None:
     trained(tmp_path / "bert", "model=bert_tiny", *sizes, "train.objective=causal")
     with pytest.raises(ConfigError, match=r"was trained with train.objective=causal, for which no config.json"):
         export_weights(tmp_path / "bert", tmp_path / "out")
+    masked = ("model=bert_tiny", *sizes, "train.objective=masked", "data.kind=synthetic")
+    trained(tmp_path / "untied", *masked, "model.tie_word_embeddings=false")
+    with pytest.raises(
+        ConfigError, match=r"can't be a bert of transformers, as model.tie_word_embeddings is False and not"
+    ):
+        export_weights(tmp_path / "untied", tmp_path / "out")
+    trained(tmp_path / "typeless", *masked, "model.type_vocab_size=0")
+    with pytest.raises(
+        ConfigError, match=r"can't be a bert of transformers, as model.type_vocab_size is 0, and one has"
+    ):
+        export_weights(tmp_path / "typeless", tmp_path / "out")
     trained(tmp_path / "gpt2", "model=gpt2_tiny", *sizes, "++model.sliding_window=4")
     with pytest.raises(ConfigError, match=r"can't be a gpt2 of transformers, which has no model.sliding_window"):
         export_weights(tmp_path / "gpt2", tmp_path / "out")

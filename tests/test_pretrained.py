@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import MACHINE, compose_raw
 from helpers_pretrained import FAMILIES, place, reference_of, save_reference
-from references import MODELS
+from references import MODELS, build_reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -240,7 +240,7 @@ def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def with_header(file: Path, header: Any, rest: bytes) -> None:
-    encoded = json.dumps(header).encode()
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + rest)
 
 
@@ -278,10 +278,24 @@ def replace_by(name: str, content: bytes) -> Callable[[Path], object]:
     return spoil
 
 
+def shard_twice(folder: Path, names: dict[str, str] | None = None, only_first: bool = False) -> None:
+    """All weights in two files, or the first of them alone, and an index."""
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"][: 1 if only_first else 2]
+    for file in files:
+        (folder / file).write_bytes(content)
+    weight_map = names or {f"tensor {file}": file for file in files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config.json": (lambda f: (f / "config.json").unlink(), "has no config.json, which says what its weights are"),
-    "a tensor missing": (change_state(lambda s: s.pop(NORM)), f"saved: the weights have no {NORM}; the files are not"),
+    "a tensor missing": (
+        change_state(lambda s: s.pop(NORM)),
+        f"saved: the weights have no {NORM}, which a LlamaForCausalLM has; the files are not",
+    ),
     "no head": (change_state(lambda s: s.pop("lm_head.weight")), "have no lm_head.weight"),
     "a tensor too much": (
         change_state(lambda s: s.update({"model.layers.2.input_layernorm.weight": torch.ones(32)})),
@@ -327,6 +341,56 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (
         replace_by("pytorch_model.bin", b"PK"),
         r"holds its weights as a pickle, .* AutoModel.from_pretrained\(DIR\).save_pretrained\(DIR2\)",
+    ),
+    "an index that leads elsewhere": (
+        replace_by("model.safetensors.index.json", b'{"weight_map": {"a": "../model.safetensors"}}'),
+        r"index.json names '../model.safetensors', which is no name of a safetensors file",
+    ),
+    "too many layers": (
+        lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1000000000')
+        ),
+        "have [0-9]+ tensors, which are too few for num_hidden_layers=1000000000 in config.json",
+    ),
+    "a tensor twice": (
+        lambda f: shard_twice(f),
+        "model-00002-of-00002.safetensors holds lm_head.weight, and so does model-00001-of-00002.safetensors",
+    ),
+    "an index of other tensors": (
+        lambda f: shard_twice(f, {"a": "model-00001-of-00002.safetensors"}, only_first=True),
+        "says that a is in model-00001-of-00002.safetensors, but no file has it",
+    ),
+    "a name twice in a header": (
+        lambda f: with_header(f / "model.safetensors", b'{"a": 1, "a": 2}', b""),
+        "its header is none of safetensors",
+    ),
+    "metadata of numbers": (
+        lambda f: with_header(f / "model.safetensors", {"__metadata__": {"a": 3}}, b""),
+        "header is none of safetensors",
+    ),
+    "a header without end": (
+        lambda f: with_header(f / "model.safetensors", b"[" * 200_000, b""),
+        "its header is none of safetensors",
+    ),
+    "sizes that are no whole numbers": (
+        lambda f: with_header(
+            f / "model.safetensors", {NORM: {"dtype": "F32", "shape": [32.0], "data_offsets": [0, 128]}}, b"0" * 128
+        ),
+        "its header is none of safetensors",
+    ),
+    "an unknown type": (
+        lambda f: with_header(
+            f / "model.safetensors", {NORM: {"dtype": "F8_E4M3", "shape": [32], "data_offsets": [0, 32]}}, b"0" * 32
+        ),
+        f"{NORM} is of type F8_E4M3, which is not known",
+    ),
+    "a tokenizer that is too large": (
+        lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 53}]}'),
+        "tokenizer.json has the token 53, but config.json says vocab_size=53; use the tokenizer that belongs",
+    ),
+    "a vocabulary that is too large": (
+        lambda f: (f / "vocab.txt").write_text("\n".join(map(str, range(54)))),
+        "vocab.txt has the token 53",
     ),
     "nothing": (replace_by("README.md", b""), "holds neither model.safetensors nor model.safetensors.index.json"),
 }
@@ -500,3 +564,19 @@ def test_filling_holds_two_tensors_beside_the_slice(source: str, tmp_path: Path)
     own = sum(parameter.nbytes for parameter in layers.parameters())
     assert 45e6 < own < 55e6
     assert peak_resident_bytes() - before < own + 2 * largest + 8e6  # what the allocator keeps
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_without_its_head_has_names_without_a_prefix(tmp_path: Path, family: str) -> None:
+    """As a `LlamaModel` is saved; a tied head is the embedding."""
+    from safetensors.torch import load_file, save_file
+
+    model = MODELS["llama tied" if family == "llama" else "gpt2"]
+    build_reference(model).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    prefix = {"llama": "model.", "gpt2": "transformer."}[family]
+    assert all(name.startswith(prefix) for name in state)
+    before = open_pretrained(tmp_path, model).assignment.sources
+    save_file({name.removeprefix(prefix): tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    after = open_pretrained(tmp_path, model).assignment.sources
+    assert after == {ours: [name.removeprefix(prefix) for name in theirs] for ours, theirs in before.items()}

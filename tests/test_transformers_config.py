@@ -301,3 +301,24 @@ def test_values_that_follow() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"model.hidden_size=65 can't be split over model.num_attention_heads=4"):
         resolve_model({"hidden_size": 65, "num_attention_heads": 4})
+
+
+def test_switches_are_true_or_false(tmp_path: Path) -> None:
+    qwen2 = {**LLAMA, "model_type": "qwen2", "sliding_window": None}
+    assert load(write(tmp_path, qwen2 | {"use_sliding_window": True})).model.sliding_window is None
+    assert 'use_sliding_window="false" is not implemented, only false is' in (
+        refusal(tmp_path, qwen2 | {"use_sliding_window": "false"})
+    )
+
+
+def test_a_configuration_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        read_transformers_config(str(tmp_path))
+
+
+def test_slow_pairs_are_those_of_fewer_turns() -> None:
+    with pytest.raises(ConfigError, match=r"high_freq_factor=1 is not above low_freq_factor=4; Llama 3.1 has 4 and 1"):
+        make_config(
+            "model=llama31_8b", "model.rope_scaling.low_freq_factor=4.0", "model.rope_scaling.high_freq_factor=1.0"
+        )

@@ -68,11 +68,6 @@ def _check_model(config: RunConfig) -> None:
             f"{train.objective}; use model.sliding_window=null"
         )
     scaling = model.rope_scaling
-    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ConfigError(
-            f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor:g} is not above its low_freq_factor="
-            f"{scaling.low_freq_factor:g}; Llama 3.1 has 4 and 1"
-        )
     if scaling is not None and model.architecture.positions != "rotary":
         raise ConfigError(
             f"model.rope_scaling is for rotary positions, which model.family={model.family} has none of; leave it out"

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticKnownError
 
 from harness.spec.architecture import Architecture
@@ -46,7 +46,7 @@ class RopeScaling(Section):
     llama3` in `transformers`): pairs that turn slowly turn slower still, by `factor`, fast ones as before, and those
     between by a share of both."""
 
-    factor: PositiveFloat
+    factor: Annotated[float, Field(ge=1)]
     """How much slower."""
     low_freq_factor: PositiveFloat
     """Pairs with fewer turns than this in original_max_position_embeddings are slow."""
@@ -54,6 +54,15 @@ class RopeScaling(Section):
     """Pairs with more turns than this in original_max_position_embeddings are fast."""
     original_max_position_embeddings: PositiveInt
     """Longest sequence before."""
+
+    @model_validator(mode="after")
+    def _is_between(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor:g} is not above low_freq_factor={self.low_freq_factor:g}; "
+                "Llama 3.1 has 4 and 1"
+            )
+        return self
 
 
 def _known_family(name: Any) -> Any:

@@ -87,7 +87,8 @@ def open_pretrained(folder: Path, model: Model) -> Pretrained:
         ConfigError: it is not whole, or not what the model has.
     """
     files = [read_header(file) for file in _weight_files(folder)]
-    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    tensors = _by_name(folder, files)
+    _check_tokenizer(folder, model)
     try:
         assignment = assign(tensors, model)
     except ConfigError as error:
@@ -97,6 +98,54 @@ def open_pretrained(folder: Path, model: Model) -> Pretrained:
     for copy, name in assignment.copies.items():
         _check_parameter(parameter_table(model)[name], [tensors[copy]], model)
     return Pretrained(folder, model, files, tensors, assignment)
+
+
+def _by_name(folder: Path, files: list[StoredFile]) -> dict[str, StoredTensor]:
+    """Tensors of all files, each of which is in one of them, the one that the index names."""
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in (tensor for file in files for tensor in file.tensors):
+        if tensor.name in tensors:
+            raise ConfigError(
+                f"{tensor.file} holds {tensor.name}, and so does {tensors[tensor.name].file.name}; leave it in one"
+            )
+        tensors[tensor.name] = tensor
+    for name, file in _weight_map(folder).items():
+        if name not in tensors or tensors[name].file.name != file:
+            held = "no file has it" if name not in tensors else f"{tensors[name].file.name} has it"
+            raise ConfigError(f"{folder / INDEX} says that {name} is in {file}, but {held}; copy the folder again")
+    return tensors
+
+
+def _check_tokenizer(folder: Path, model: Model) -> None:
+    """Refuse the files of a tokenizer that has tokens which the model has not."""
+    for name, highest_of in TOKENIZERS.items():
+        try:
+            highest = highest_of((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue  # none, or of another kind: it is carried along
+        if highest >= model.vocab_size:
+            raise ConfigError(
+                f"{folder / name} has the token {highest}, but config.json says vocab_size={model.vocab_size}; use the "
+                "tokenizer that belongs to the weights"
+            )
+
+
+def _highest_of_fast(content: str) -> int:
+    """Of a tokenizer.json."""
+    tokenizer = json.loads(content)
+    vocabulary = tokenizer["model"]["vocab"]
+    own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    highest: int = max([-1, *own, *(token["id"] for token in tokenizer.get("added_tokens") or ())])
+    return highest
+
+
+TOKENIZERS: dict[str, Callable[[str], int]] = {
+    "tokenizer.json": _highest_of_fast,
+    "vocab.json": lambda content: max([-1, *json.loads(content).values()]),
+    "added_tokens.json": lambda content: max([-1, *json.loads(content).values()]),
+    "vocab.txt": lambda content: len(content.splitlines()) - 1,
+}
+"""File -> the highest number of a token in it."""
 
 
 def _check_parameter(spec: ParameterSpec, found: list[StoredTensor], model: Model) -> None:
@@ -119,21 +168,34 @@ def _weight_files(folder: Path) -> list[Path]:
     if whole.exists():
         return [whole]
     if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [folder / name for name in names]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index} is damaged ({error}); copy the folder again") from None
-        for file in files:
-            if not file.is_file():
-                raise ConfigError(f"{index} names {file.name}, which is not there; copy the folder again")
-        return files
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            if not (folder / name).is_file():
+                raise ConfigError(f"{index} names {name}, which is not there; copy the folder again")
+        return [folder / name for name in names]
     if any((folder / name).exists() for name in PICKLES):
         raise ConfigError(
             f"{folder} holds its weights as a pickle, {PICKLES[0]}, which can run anything when it is read; convert it "
             f"where you trust it: AutoModel.from_pretrained(DIR).save_pretrained(DIR2), with the model's own class"
         )
     raise ConfigError(f"{folder} holds neither {WHOLE} nor {INDEX}; give a folder that save_pretrained wrote")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> name of its file, by the index; empty where one file holds all."""
+    index = folder / INDEX
+    if (folder / WHOLE).exists() or not index.exists():
+        return {}
+    try:
+        names: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        others = [name for name in names.values() if Path(name).name != name or not name.endswith(".safetensors")]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} is damaged ({error}); copy the folder again") from None
+    if others:
+        raise ConfigError(
+            f"{index} names {others[0]!r}, which is no name of a safetensors file; put the files beside it"
+        )
+    return names
 
 
 def read_header(file: Path) -> StoredFile:
@@ -148,14 +210,16 @@ def read_header(file: Path) -> StoredFile:
             length = int.from_bytes(content.read(8), "little")
             if num_bytes < 8 + length:
                 raise _damaged(file, f"it has {num_bytes:,} bytes, and its header alone would have {8 + length:,}")
-            header: dict[str, Any] = json.loads(content.read(length))
-            metadata = header.pop("__metadata__", {})
+            header: dict[str, Any] = json.loads(content.read(length), object_pairs_hook=_without_repetition)
+            metadata = header.pop("__metadata__", None) or {}
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise ValueError("metadata are texts")
             tensors = [_stored(name, file, entry, 8 + length) for name, entry in header.items()]
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError(f"{file} can't be read ({error.strerror}); make it readable") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _damaged(file, "its header is none of safetensors") from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     end = 8 + length
@@ -170,12 +234,24 @@ def read_header(file: Path) -> StoredFile:
 
 def _stored(name: str, file: Path, entry: dict[str, Any], base: int) -> StoredTensor:
     start, stop = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *entry["shape"])):
+        raise ValueError("sizes are whole numbers")
     tensor = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), base + start, base + stop)
-    if tensor.dtype in ITEM_BYTES:
-        needed = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
-        if stop - start != needed:
-            raise _damaged(file, f"{name} has {stop - start:,} bytes instead of {needed:,}")
+    if tensor.dtype not in ITEM_BYTES:
+        raise ConfigError(
+            f"{file}: {name} is of type {tensor.dtype}, which is not known; save the model in another type"
+        )
+    needed = math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    if stop - start != needed:
+        raise _damaged(file, f"{name} has {stop - start:,} bytes instead of {needed:,}")
     return tensor
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _damaged(file: Path, problem: str) -> ConfigError:

@@ -91,7 +91,7 @@ def read_shape(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} can't be read ({error.strerror}); give a transformers model folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     family = settings.get("model_type") if isinstance(settings, dict) else None
     formats = {name: known.transformers for name, known in FAMILIES.items() if known.transformers is not None}
@@ -122,9 +122,11 @@ def _without_switched_off(settings: Mapping[str, Any], written: TransformersForm
     """Without the settings that mean nothing because another one is false."""
     settings = dict(settings)
     for switch, (first, *others) in written.switches.items():
-        if settings.pop(switch, False) and settings.get(first, ...) is not None:
+        value = settings.pop(switch, False)
+        if value not in (True, False, None) or (value and settings.get(first, ...) is not None):
             raise ConfigError(
-                f"{file}: {switch}=true is not implemented, only false is; change it in that file, or make {first} null"
+                f"{file}: {switch}={json.dumps(value)} is not implemented, only false is; change it in that file, or "
+                f"make {first} null"
             )
         for key in (first, *others):
             settings.pop(key, None)

@@ -34,6 +34,17 @@ def format_of(model: Model) -> TransformersFormat:
                 f"model={model.name} can't be a {model.family} of transformers, which has no model.{key}; use another "
                 "family"
             )
+    for ours, theirs in written.keys.items():
+        if theirs in written.fixed and getattr(model, ours) != written.fixed[theirs]:
+            raise ConfigError(
+                f"model={model.name} can't be a {model.family} of transformers, as model.{ours} is "
+                f"{getattr(model, ours)!r} and not {written.fixed[theirs]!r}, without which names are others there"
+            )
+    if "type_vocab_size" in written.keys and model.type_vocab_size == 0:
+        raise ConfigError(
+            f"model={model.name} can't be a {model.family} of transformers, as model.type_vocab_size is 0, and one has "
+            "an embedding for one kind of tokens at least"
+        )
     return written
 
 
@@ -73,7 +84,13 @@ def assign(names: Iterable[str], model: Model) -> Assignment:
     Raises:
         ConfigError: one is missing, or is not the model's.
     """
-    written, table = format_of(model), parameter_table(model)
+    written, names = format_of(model), list(names)
+    if len(names) < model.num_hidden_layers:
+        raise ConfigError(
+            f"the weights have {len(names)} tensors, which are too few for num_hidden_layers={model.num_hidden_layers} "
+            "in config.json; use the config.json that belongs to the weights"
+        )
+    table = parameter_table(model)
     theirs = {name: counterparts(name, written)[0] for name in table}
     wanted = {their_name for several in theirs.values() for their_name in several}
     copies = {copy: name for copy, name in written.tied.items() if name in table and copy not in wanted}
@@ -90,7 +107,10 @@ def assign(names: Iterable[str], model: Model) -> Assignment:
         else:
             raise ConfigError(f"the weights hold {name}, which model={model.name} does not have")
     if missing := [their_name for several in theirs.values() for their_name in several if their_name not in found]:
-        raise ConfigError(f"the weights have no {missing[0]}; the files are not those of model={model.name}")
+        raise ConfigError(
+            f"the weights have no {missing[0]}, which a {written.class_name} has; the files are not those of "
+            f"model={model.name}"
+        )
     assignment.sources = {name: [found[their_name] for their_name in several] for name, several in theirs.items()}
     return assignment
 

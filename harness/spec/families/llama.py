@@ -38,6 +38,7 @@ TRANSFORMERS = TransformersFormat(
         "final_norm": ("model.norm",),
         "head": ("lm_head",),
     },
+    optional_prefix="model.",
     class_name="LlamaForCausalLM",
     tied={"lm_head.weight": "embedding.weight"},
     unused=(r"\.rotary_emb\.inv_freq$",),  # in older files
