@@ -304,7 +304,7 @@ def test_values_that_follow() -> None:
 
 
 def test_switches_are_true_or_false(tmp_path: Path) -> None:
-    qwen2 = {**LLAMA, "model_type": "qwen2", "sliding_window": None}
+    qwen2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 4, "sliding_window": None}
     assert load(write(tmp_path, qwen2 | {"use_sliding_window": True})).model.sliding_window is None
     assert 'use_sliding_window="false" is not implemented, only false is' in (
         refusal(tmp_path, qwen2 | {"use_sliding_window": "false"})
