@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from torch import Tensor
 from harness.checkpoints import META, directory_of, find_checkpoint, read_meta, verify_files
 from harness.errors import ConfigError
 from harness.model.transformers_weights import to_transformers
-from harness.record.store import write_json
+from harness.record.store import Attempt, write_json
 from harness.run import conversion
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.conversion import export_weights, import_weights, main
+from harness.run.engines.engine import build_engine
 from harness.run.engines.torch.engine import TorchEngine
+from harness.run.tasks import train as train_module
 from harness.spec.config import REPOSITORY, RunConfig
 from harness.spec.identity import identity
 from harness.spec.initial_weights import weights_fingerprint
@@ -329,6 +332,32 @@ def test_later_checkpoints_need_no_folder(folders: dict[str, Path], tmp_path: Pa
     assert second.config.began_from == read_meta(first).config.began_from == weights_fingerprint(str(folders["llama"]))
     files = [contents(path / "transformers") for path in (first, directory_of(tmp_path / "run", 5))]
     assert files[0] == files[1]
+
+
+def test_a_training_needs_its_folder_until_its_first_step(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands there later is not what it began from."""
+    shutil.copytree(folders["bert full"], saved := tmp_path / "saved")
+
+    def build(*arguments: Any, **named: Any) -> Any:
+        engine = build_engine(*arguments, **named)
+        for file in saved.glob("*.*"):
+            file.write_bytes(b"changed")
+        return engine
+
+    monkeypatch.setattr(train_module, "build_engine", build)
+    attempt = Attempt(tmp_path / "attempt-1")
+    attempt.path.mkdir()
+    config = load(f"model.weights={saved}", "train.steps=3", "train.checkpoint_interval=2")
+    train_module.train(attempt, config, rank=0)
+    checkpoint = find_checkpoint(str(attempt.path))
+    assert read_meta(checkpoint).config.began_from == weights_fingerprint(str(folders["bert full"]))
+    export_weights(checkpoint, tmp_path / "out")
+    before, after = contents(folders["bert full"]), contents(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {"model.safetensors"}
+    name = "bert.pooler.dense.weight"
+    assert torch.equal(state_of(tmp_path / "out")[name], state_of(folders["bert full"])[name])
 
 
 def test_resuming_beside_other_weights_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

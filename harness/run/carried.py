@@ -5,12 +5,14 @@
         unused.safetensors                tensors that are no part of what is trained, as they were
         manifest.json                     `Manifest`: names, types, shapes and files of all tensors there
 
-So that trained weights go back under the names, into the files and in the types they had.
+So that trained weights go back under the names, into the files and in the types they had. A training takes it before
+its first step and keeps it as checkpoints/.beginning, from where all its checkpoints have it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,12 +21,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.checkpoints import FileRecord, checksum, complete_checkpoints
+from harness.checkpoints import FileRecord, checksum, read_meta
 from harness.errors import ConfigError
 from harness.record.store import write_json
 from harness.run.safetensors_files import Entry, stored_bytes, write_safetensors
 from harness.spec.config import RunConfig
-from harness.spec.initial_weights import is_checkpoint
+from harness.spec.initial_weights import is_checkpoint, weights_fingerprint
 from harness.spec.pretrained import (
     INDEX,
     WHOLE,
@@ -36,6 +38,8 @@ from harness.spec.pretrained import (
 )
 
 CARRIED, MANIFEST, UNUSED = "transformers", "manifest.json", "unused.safetensors"
+BEGINNING, BEGAN_FROM = ".beginning", "began_from.json"
+"""Folder beside checkpoints with what they all carry along; a file there, which is written last."""
 WEIGHT_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .gguf .onnx .tflite .npz .mlmodel".split()
 )
@@ -145,21 +149,40 @@ def unused_tensors(checkpoint: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in read_header(file).tensors} if file.exists() else {}
 
 
-def carry_along(config: RunConfig, checkpoint: Path) -> dict[str, FileRecord]:
-    """Give a checkpoint of a training what its weights came with; what files it then has in addition.
+def keep_beginning(config: RunConfig, folder: Path) -> None:
+    """Keep beside the checkpoints of a training what its weights came with: their place may change or go meanwhile.
 
-    The earlier ones beside it have it already, also when the place where the training began is gone.
+    Raises:
+        ConfigError: `train.resume` or `model.weights` can't be read.
     """
-    earlier = complete_checkpoints(checkpoint.parent)
-    origin = str(earlier[-1]) if earlier else config.train.resume or config.model.weights
-    target = checkpoint / CARRIED
-    if origin is not None and not is_checkpoint(Path(origin)):
-        carry(open_pretrained(Path(origin), config.model), target, with_hashes=False)
-    elif origin is not None and (Path(origin) / CARRIED).exists():
-        shutil.copytree(Path(origin) / CARRIED, target)
-        if (manifest := read_manifest(checkpoint)) is not None:
-            write_json(target / MANIFEST, _without_hashes(manifest).model_dump())
-    return records_below(checkpoint, target)
+    kept, origin = folder / BEGINNING, config.train.resume or config.model.weights
+    shutil.rmtree(kept, ignore_errors=True)
+    if origin is None:
+        return
+    began_from = read_meta(Path(origin)).config.began_from if config.train.resume else weights_fingerprint(origin)
+    kept.mkdir(parents=True)
+    if not is_checkpoint(Path(origin)):
+        carry(open_pretrained(Path(origin), config.model), kept / CARRIED, with_hashes=False)
+    elif (manifest := read_manifest(Path(origin))) is not None:
+        shutil.copytree(Path(origin) / CARRIED, kept / CARRIED)
+        write_json(kept / CARRIED / MANIFEST, _without_hashes(manifest).model_dump())
+    write_json(kept / BEGAN_FROM, {"began_from": began_from})
+
+
+def carry_along(config: RunConfig, checkpoint: Path) -> tuple[dict[str, FileRecord], str | None]:
+    """Give a checkpoint of a training what its weights came with.
+
+    Returns:
+        What files it then has in addition, and the hash of the weights that the training began from, before it was
+        resumed however often; None for fresh ones.
+    """
+    kept = checkpoint.parent / BEGINNING
+    if not (kept / BEGAN_FROM).exists():
+        keep_beginning(config, checkpoint.parent)
+    if (kept / CARRIED).exists():
+        shutil.copytree(kept / CARRIED, checkpoint / CARRIED)
+    began_from = json.loads((kept / BEGAN_FROM).read_text())["began_from"] if kept.exists() else None
+    return records_below(checkpoint, checkpoint / CARRIED), began_from
 
 
 def _without_hashes(manifest: Manifest) -> Manifest:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +62,6 @@ from harness.record.store import write_json
 from harness.run.carried import carry_along, sync
 from harness.run.engines.engine import Engine, Progress
 from harness.spec.config import Model, RunConfig, Train
-from harness.spec.initial_weights import weights_fingerprint
 from harness.spec.parameters import ParameterSpec, parameter_table
 
 
@@ -206,11 +205,9 @@ def save_checkpoint(
         save({}, storage_writer=Writer(unfinished), planner=planner, process_group=group)
         files = _own_files(unfinished, group)
         if first:
-            files |= carry_along(config, unfinished)
-            write_json(
-                unfinished / META,
-                _meta(engine.progress()._replace(step=step), config, files, complete_checkpoints(folder)).model_dump(),
-            )
+            carried, began_from = carry_along(config, unfinished)
+            meta = _meta(engine.progress()._replace(step=step), config, files | carried, began_from)
+            write_json(unfinished / META, meta.model_dump())
             sync(unfinished)
             unfinished.rename(target)
             sync(folder)
@@ -236,17 +233,9 @@ def _own_files(directory: Path, group: dist.ProcessGroup | None) -> dict[str, Fi
     return {name: record for records in gathered or () for name, record in sorted(records.items())}
 
 
-def _meta(progress: Progress, config: RunConfig, files: dict[str, FileRecord], earlier: Sequence[Path]) -> Meta:
-    saved = SavedConfig(**config.model_dump(mode="json"), began_from=_began_from(config, earlier))
+def _meta(progress: Progress, config: RunConfig, files: dict[str, FileRecord], began_from: str | None) -> Meta:
+    saved = SavedConfig(**config.model_dump(mode="json"), began_from=began_from)
     return Meta(format=FORMAT, files=files, config=saved, **progress._asdict())
-
-
-def _began_from(config: RunConfig, earlier: Sequence[Path]) -> str | None:
-    """Hash of the weights that a training began from, before it was resumed however often; None for fresh ones."""
-    resumed = str(earlier[-1]) if earlier else config.train.resume
-    if resumed is not None:
-        return read_meta(Path(resumed)).config.began_from
-    return None if config.model.weights is None else weights_fingerprint(config.model.weights)
 
 
 def _write_error(target: Path, failure: BaseException) -> OSError:

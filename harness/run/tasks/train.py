@@ -13,6 +13,7 @@ from harness.corpus import Corpus, prepare_corpus
 from harness.machine import Machine, detect_machine
 from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
+from harness.run.carried import keep_beginning
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.compilation import gather_compilation
 from harness.run.data import CorpusSamples, load_of, micro_batches, tell_documents
@@ -31,6 +32,8 @@ def train(attempt: Attempt, config: RunConfig, rank: int) -> None:
     machine = detect_machine()
     device = set_up_device(config, machine)
     heart = Heart(attempt.path, rank)
+    if rank == 0 and config.train.checkpoint_interval:
+        keep_beginning(config, attempt.path / FOLDER)
     engine = build_engine(config, rank, phase=heart.phase)
     if rank == 0 and engine.settings is not None:
         write_json(attempt.ds_config_file, engine.settings)
