@@ -22,7 +22,7 @@ from references import MODELS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness.checkpoints import META, directory_of, find_checkpoint, read_meta, verify_files
+from harness.checkpoints import META, FileRecord, checksum, directory_of, find_checkpoint, read_meta, verify_files
 from harness.errors import ConfigError
 from harness.model.transformers_weights import to_transformers
 from harness.record.store import Attempt, write_json
@@ -403,7 +403,16 @@ def test_a_copy_that_differs_is_refused(folders: dict[str, Path], tmp_path: Path
     save_file(state, tmp_path / "saved" / "model.safetensors")
     with pytest.raises(ConfigError, match=r"lm_head.weight differs from wte.weight, .* mend tie_word_embeddings"):
         import_weights(tmp_path / "saved", tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"lm_head.weight differs from wte.weight, .* mend tie_word_embeddings"):
+        load(f"model.weights={tmp_path / 'saved'}")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    state["lm_head.weight"] = state["wte.weight"].clone()
+    save_file(state, tmp_path / "saved" / "model.safetensors")
+    load(f"model.weights={tmp_path / 'saved'}")
+    state["lm_head.weight"] = state["wte.weight"].bfloat16() + 1
+    save_file(state, tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head.weight differs from wte.weight"):
+        import_weights(tmp_path / "saved", tmp_path / "out")
 
 
 def test_what_transformers_has_not_is_refused(tmp_path: Path) -> None:
@@ -533,3 +542,38 @@ def test_damaged_checkpoints_are_not_exported(folders: dict[str, Path], tmp_path
     file.write_text(file.read_text().replace("gpt2", "gpt3"))
     with pytest.raises(ConfigError, match=r"the content of .*transformers/config.json has changed"):
         export_weights(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"file": "model.safetensors"', '"file": "../../escaped.safetensors"', "is none of its .safetensors files"),
+        ('"model.safetensors"', '"../../escaped.safetensors"', "is no path within a folder"),
+        ('"model.safetensors"', '"/tmp/escaped.safetensors"', "is no path within a folder"),
+        ('"model.safetensors"', '"sub/escaped.safetensors"', "is none of its .safetensors files"),
+        ('"model.safetensors"', '"config.json"', "is none of its .safetensors files"),
+    ],
+)
+def test_nothing_is_written_outside_of_a_target(
+    folders: dict[str, Path], old: str, new: str, sentence: str, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "imported"
+    shutil.copytree(imported(folders["gpt2"]), checkpoint)
+    file = checkpoint / "transformers" / "manifest.json"
+    file.write_text(file.read_text().replace(old, new))
+    meta = read_meta(checkpoint)
+    record = FileRecord(num_bytes=file.stat().st_size, crc32=checksum(file))
+    changed = meta.files | {"transformers/manifest.json": record}
+    write_json(checkpoint / META, meta.model_copy(update={"files": changed}).model_dump())
+    with pytest.raises(ConfigError, match=rf"manifest.json is damaged \(.*{sentence}\); use another"):
+        export_weights(checkpoint, tmp_path / "a/b/out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imported"]
+
+
+def test_weights_in_files_of_another_name_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama sharded"], saved := tmp_path / "saved")
+    index = saved / "model.safetensors.index.json"
+    (saved / "model-00001.weights").write_bytes((first := min(saved.glob("*.safetensors"))).read_bytes())
+    index.write_text(index.read_text().replace(first.name, "model-00001.weights"))
+    with pytest.raises(ConfigError, match=r"names model-00001.weights, which is no .safetensors file"):
+        import_weights(saved, tmp_path / "out")

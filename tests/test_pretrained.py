@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -487,7 +488,10 @@ def test_identity_follows_the_content(folders: dict[str, Path], tmp_path: Path) 
     assert identity(fresh, "data") != identity(config, "data")
     content = bytearray((moved / "model.safetensors").read_bytes())
     content[-1] ^= 1
+    before, digest = (moved / "model.safetensors").stat(), content_hash(moved)
     (moved / "model.safetensors").write_bytes(content)
+    os.utime(moved / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))  # as if it were the same file
+    assert content_hash(moved) != digest
     assert identity(load(f"model.weights={moved}"), "data") != identity(config, "data")
 
 

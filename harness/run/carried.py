@@ -17,9 +17,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from harness.checkpoints import FileRecord, checksum, read_meta
 from harness.errors import ConfigError
@@ -29,6 +30,7 @@ from harness.spec.config import RunConfig
 from harness.spec.initial_weights import is_checkpoint, weights_fingerprint
 from harness.spec.pretrained import (
     INDEX,
+    SAFETENSORS,
     WHOLE,
     Pretrained,
     StoredTensor,
@@ -77,6 +79,16 @@ class Manifest(BaseModel):
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+
+    @model_validator(mode="after")
+    def _stays_in_its_folder(self) -> Self:
+        for name in self.files:
+            if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is no path within a folder")
+        for entry in self.tensors.values():
+            if entry.file not in self.files or "/" in entry.file or not entry.file.endswith(SAFETENSORS):
+                raise ValueError(f"{entry.file!r} is none of its {SAFETENSORS} files")
+        return self
 
 
 def carry(pretrained: Pretrained, target: Path, with_hashes: bool) -> None:
@@ -140,7 +152,8 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
     try:
         return Manifest.model_validate_json(file.read_bytes()) if file.parent.exists() else None
     except (OSError, ValidationError) as error:
-        raise ConfigError(f"{file} is damaged ({str(error).splitlines()[0]}); use another checkpoint") from None
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise ConfigError(f"{file} is damaged ({problem}); use another checkpoint") from None
 
 
 def unused_tensors(checkpoint: Path) -> dict[str, StoredTensor]:

@@ -57,7 +57,18 @@ from harness.run.checkpoint import Box, BoxSavePlanner, WeightReader, Writer, bo
 from harness.run.safetensors_files import DTYPES, Bytes, Entry, bytes_of, stored_bytes, write_safetensors
 from harness.spec.config import AnyModel, Model
 from harness.spec.parameters import ParameterSpec, parameter_table
-from harness.spec.pretrained import CONFIG, INDEX, ITEM_BYTES, WHOLE, Pretrained, is_pretrained, open_pretrained
+from harness.spec.pretrained import (
+    CONFIG,
+    INDEX,
+    ITEM_BYTES,
+    WHOLE,
+    Pretrained,
+    StoredTensor,
+    check_copies,
+    is_pretrained,
+    open_pretrained,
+    same_where_comparable,
+)
 from harness.spec.pretrained import sha256_of as sha256_of_file
 from harness.spec.resolve import first_problem
 from harness.spec.transformers_config import read_shape, resolve_model, written_config
@@ -118,7 +129,7 @@ def import_weights(source: Path, target: Path) -> Converted:
         raise ConfigError(f"{source} holds no {CONFIG}; give a folder that save_pretrained wrote")
     model = _model_of({"dropout": 0.0} | read_shape(source / CONFIG)[0])
     pretrained = open_pretrained(source, model)
-    _check_copies(pretrained)
+    check_copies(pretrained, _same)
     with _whole(target) as unfinished:
         writer = Writer(unfinished, single_file_per_rank=False)  # which keeps all tensors of a file until it is closed
         try:
@@ -150,18 +161,12 @@ def _model_of(section: Mapping[str, Any]) -> Model:
     return model.model_copy(update={"causal": model.architecture.causal})
 
 
-def _check_copies(pretrained: Pretrained) -> None:
-    """Refuse copies of tied weights that are none: there would be two values for one parameter."""
-    for copy, name in pretrained.assignment.copies.items():
-        spec, stored = parameter_table(pretrained.model)[name], pretrained.tensors[copy]
-        (source,) = pretrained.assignment.sources[name]
-        own = read_part(pretrained, spec, 0, 0, spec.shape[0])
-        other = read_tensor(stored)
-        if not torch.equal(own.to(other.dtype), other):
-            raise ConfigError(
-                f"{stored.file}: {copy} differs from {source}, but they are one and the same in this model; "
-                "mend tie_word_embeddings in its config.json, or the weights"
-            )
+def _same(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether a copy holds the values of the other tensor, in its own type."""
+    if first.dtype == second.dtype:
+        return same_where_comparable(first, second)
+    copy = read_tensor(second)
+    return torch.equal(read_tensor(first).to(copy.dtype), copy)
 
 
 class _PretrainedPlanner(BoxSavePlanner):

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.spec.pretrained import StoredTensor
+from harness.spec.pretrained import CHUNK_BYTES, StoredTensor
 
 Bytes = bytes | memoryview
-CHUNK_BYTES = 1 << 24
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights, as safetensors calls them."""
 

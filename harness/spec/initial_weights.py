@@ -14,7 +14,15 @@ from typing import Any
 from harness.checkpoints import META, NOT_THE_MODEL, find_checkpoint, fingerprint, read_meta, verify_files
 from harness.errors import ConfigError
 from harness.spec.config import Model
-from harness.spec.pretrained import CONFIG, PICKLES, content_hash, is_pretrained, open_pretrained, remembered
+from harness.spec.pretrained import (
+    CONFIG,
+    PICKLES,
+    check_copies,
+    content_hash,
+    is_pretrained,
+    open_pretrained,
+    remembered,
+)
 from harness.spec.transformers_config import read_shape
 
 NOT_THE_SHAPE = NOT_THE_MODEL - {"name"} | {"causal"}
@@ -79,7 +87,7 @@ def check_weights(model: Model) -> None:
     if is_checkpoint(place):
         _verified(place)
     else:
-        open_pretrained(place, model)
+        check_copies(open_pretrained(place, model))
 
 
 def weights_fingerprint(path: str) -> str:

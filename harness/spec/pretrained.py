@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from harness.spec.parameters import ParameterSpec, parameter_table
 from harness.spec.transformers_names import Assignment, assign, counterparts, format_of, their_shapes
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SAFETENSORS = ".safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Types of safetensors whose items are whole bytes."""
+CHUNK_BYTES = 1 << 24
 TRAINED = ("F32", "BF16", "F16")
 """Types of weights that are taken."""
 
@@ -146,6 +149,38 @@ TOKENIZERS: dict[str, Callable[[str], int]] = {
     "vocab.txt": lambda content: len(content.splitlines()) - 1,
 }
 """File -> the highest number of a token in it."""
+
+
+def same_where_comparable(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two tensors of one type hold the same bytes; others take torch to compare."""
+    return first.dtype != second.dtype or _same_bytes(first, second, json.dumps(_state([first.file, second.file])))
+
+
+@cache
+def _same_bytes(first: StoredTensor, second: StoredTensor, _: str) -> bool:
+    """Read once until a file changes, which the state of both files tells."""
+    with first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.start)
+        other.seek(second.start)
+        sizes = (min(CHUNK_BYTES, first.stop - at) for at in range(first.start, first.stop, CHUNK_BYTES))
+        return all(one.read(size) == other.read(size) for size in sizes)
+
+
+def check_copies(
+    pretrained: Pretrained, same: Callable[[StoredTensor, StoredTensor], bool] = same_where_comparable
+) -> None:
+    """Refuse copies of tied weights that are none: there would be two values for one parameter.
+
+    Raises:
+        ConfigError: with the file and both names.
+    """
+    for copy, name in pretrained.assignment.copies.items():
+        (source,) = pretrained.assignment.sources[name]
+        if not same(pretrained.tensors[source], stored := pretrained.tensors[copy]):
+            raise ConfigError(
+                f"{stored.file}: {copy} differs from {source}, but they are one and the same in this model; "
+                "mend tie_word_embeddings in its config.json, or the weights"
+            )
 
 
 def _check_parameter(spec: ParameterSpec, found: list[StoredTensor], model: Model) -> None:
@@ -286,8 +321,7 @@ def remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
     Args:
         files: on whose content it depends.
     """
-    state = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path.resolve, files)]
-    entry = cache_folder("weights") / hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    entry = cache_folder("weights") / hashlib.sha256(json.dumps(_state(files)).encode()).hexdigest()[:32]
     with suppress(OSError, ValueError):
         digest = entry.read_text()
         if len(bytes.fromhex(digest)) == hashlib.sha256().digest_size:
@@ -299,3 +333,9 @@ def remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
         temporary.write_text(digest)
         temporary.replace(entry)
     return digest
+
+
+def _state(files: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
+    """What is another for files that were written since, whatever times they were given."""
+    found = [(str(file), file.stat()) for file in map(Path.resolve, files)]
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in found]
