@@ -27,6 +27,7 @@ from harness.errors import ConfigError
 from harness.model.transformers_weights import to_transformers
 from harness.record.store import Attempt, write_json
 from harness.run import conversion
+from harness.run.carried import keep_beginning
 from harness.run.checkpoint import load_checkpoint, save_checkpoint
 from harness.run.conversion import export_weights, import_weights, main
 from harness.run.engines.engine import build_engine
@@ -187,6 +188,30 @@ def test_an_export_can_be_imported_again(folders: dict[str, Path], tmp_path: Pat
     import_weights(tmp_path / "out", tmp_path / "again")
     export_weights(tmp_path / "again", tmp_path / "twice")
     assert contents(tmp_path / "twice") == contents(tmp_path / "out")
+
+
+def test_checkpoints_in_a_folder_stay_behind(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], saved := tmp_path / "saved")
+    (saved / "sub").mkdir()
+    for name in ("manifest.json", "meta.json"):  # whatever they are, there
+        (saved / "sub" / name).write_text("[1]")
+    before = contents(saved)
+    for name in ("first", "second"):
+        import_weights(saved, saved / name)
+    assert not [name for name in read_meta(saved / "second").files if "first" in name]
+    export_weights(saved / "second", tmp_path / "out")
+    after = contents(tmp_path / "out")
+    assert after.pop("manifest.json")
+    assert after == before
+
+
+def test_a_manifest_of_somebody_elses_is_not_replaced(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama"], saved := tmp_path / "saved")
+    (saved / "manifest.json").write_text('{"icons": []}')
+    with pytest.raises(ConfigError, match=r"saved/manifest.json is none that an export left, .*; move it elsewhere"):
+        import_weights(saved, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"saved/manifest.json is none that an export left"):
+        keep_beginning(load(f"model.weights={saved}"), tmp_path / "run")
 
 
 # --- what was trained
@@ -490,12 +515,32 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing(
 def test_a_killed_conversion_leaves_nothing_that_could_be_taken_for_one(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / ".out.unfinished").mkdir()
-    (tmp_path / ".out.unfinished" / "meta.json").write_text("{")
+    leftovers = [tmp_path / f".out.unfinished-{pid}" for pid in (1, os.getpid())]  # ids come again
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "meta.json").write_text("{")
     (tmp_path / "out").mkdir()  # an empty folder will do
     import_weights(folders["gpt2"], tmp_path / "out")
-    assert not (tmp_path / ".out.unfinished").exists()
+    assert not any(leftover.exists() for leftover in leftovers)
     verify_files(tmp_path / "out", read_meta(tmp_path / "out"))
+
+
+def test_conversions_to_one_target_leave_each_other_alone(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first to end has it."""
+    carry, command = conversion.carry, [sys.executable, "launchers/convert.py", "import", str(folders["gpt2"])]
+
+    def slow(*arguments: Any, **named: Any) -> None:
+        carry(*arguments, **named)
+        subprocess.run([*command, str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, check=True)
+
+    monkeypatch.setattr(conversion, "carry", slow)
+    with pytest.raises(ConfigError, match="out exists already"):
+        import_weights(folders["llama"], tmp_path / "out")
+    verify_files(tmp_path / "out", meta := read_meta(tmp_path / "out"))
+    assert meta.config.model["family"] == "gpt2"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["out"]
 
 
 REFUSED = [
@@ -575,5 +620,5 @@ def test_weights_in_files_of_another_name_are_refused(folders: dict[str, Path], 
     index = saved / "model.safetensors.index.json"
     (saved / "model-00001.weights").write_bytes((first := min(saved.glob("*.safetensors"))).read_bytes())
     index.write_text(index.read_text().replace(first.name, "model-00001.weights"))
-    with pytest.raises(ConfigError, match=r"names model-00001.weights, which is no .safetensors file"):
+    with pytest.raises(ConfigError, match=r"names 'model-00001.weights', which is no name of a safetensors"):
         import_weights(saved, tmp_path / "out")

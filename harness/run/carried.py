@@ -22,7 +22,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from harness.checkpoints import FileRecord, checksum, read_meta
+from harness.checkpoints import META, FileRecord, checksum, read_meta
 from harness.errors import ConfigError
 from harness.record.store import write_json
 from harness.run.safetensors_files import Entry, stored_bytes, write_safetensors
@@ -43,7 +43,7 @@ CARRIED, MANIFEST, UNUSED = "transformers", "manifest.json", "unused.safetensors
 BEGINNING, BEGAN_FROM = ".beginning", "began_from.json"
 """Folder beside checkpoints with what they all carry along; a file there, which is written last."""
 WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .gguf .onnx .tflite .npz .mlmodel".split()
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .gguf .onnx .tflite .npz .mlmodel .distcp".split()
 )
 """Of files that hold weights, in this or another form."""
 
@@ -96,7 +96,11 @@ def carry(pretrained: Pretrained, target: Path, with_hashes: bool) -> None:
 
     Args:
         with_hashes: of all tensors and files of weights, too, which takes reading them.
+
+    Raises:
+        ConfigError: a manifest.json there is none of ours.
     """
+    _check_manifest(pretrained.folder)
     target.mkdir()
     small = list(small_files(pretrained.folder))
     for name in small:
@@ -132,14 +136,27 @@ def _sha256_of_tensor(tensor: StoredTensor) -> str:
 
 
 def small_files(folder: Path) -> Iterator[str]:
-    """Paths in a folder of all files but weights, hidden ones and manifests of ours."""
+    """Paths in a folder of all files but weights, hidden ones, checkpoints and a manifest of ours."""
+    checkpoints = {meta.parent for meta in folder.rglob(META) if (meta.parent / ".metadata").exists()} - {folder}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in name.parts)
         is_other_index = file.name.endswith(".index.json") and (file.name != INDEX or (folder / WHOLE).exists())
         is_left = file.suffix in WEIGHT_SUFFIXES or is_other_index or is_hidden or str(name) == MANIFEST
-        if file.is_file() and not is_left:
+        if file.is_file() and not is_left and checkpoints.isdisjoint(file.parents):
             yield name.as_posix()
+
+
+def _check_manifest(folder: Path) -> None:
+    """Refuse a manifest.json of somebody else's, in whose place ours would come; our own is made anew."""
+    file = folder / MANIFEST
+    try:
+        if file.exists():
+            Manifest.model_validate_json(file.read_bytes())
+    except ValidationError:
+        raise ConfigError(
+            f"{file} is none that an export left, and would be replaced by one; move it elsewhere or rename it"
+        ) from None
 
 
 def read_manifest(checkpoint: Path) -> Manifest | None:

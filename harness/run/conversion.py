@@ -6,15 +6,18 @@ One process, which holds no more than two tensors at a time.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import glob
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -321,7 +324,8 @@ def _write_others(folder: Path, checkpoint: Path, model: Model, layout: Manifest
     """Write all that is no weights: what was carried along, or a config.json of the model's shape."""
     carried = checkpoint / CARRIED
     if carried.exists():
-        shutil.copytree(carried, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, UNUSED))
+        ours = {MANIFEST, UNUSED}
+        shutil.copytree(carried, folder, dirs_exist_ok=True, ignore=lambda at, _: ours if Path(at) == carried else ())
     else:
         _write_settings(folder / CONFIG, written_config(model, dtype or "float32"))
     files = {entry.file for entry in layout.tensors.values()}
@@ -350,20 +354,44 @@ def _whole(target: Path) -> Iterator[Path]:
     Raises:
         ConfigError: there is something already.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(f"{target} exists already; give a folder that does not, or an empty one")
+    _check_free(target)
     target = target.absolute()
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed conversion
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.unfinished-*"):
+        with suppress(FileNotFoundError), _lock(leftover) as is_dead:
+            if is_dead:
+                shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        yield unfinished
-        sync(unfinished)
-        unfinished.rename(target)
-        sync(target.parent)
+        with _lock(unfinished):
+            yield unfinished
+            sync(unfinished)
+            _check_free(target)
+            unfinished.rename(target)
+            sync(target.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target} exists already; give a folder that does not, or an empty one")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold a folder, at most until this process ends; False where another does, or the file system knows no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = True
+    except OSError:
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        os.close(descriptor)
