@@ -14,9 +14,9 @@ from harness.spec.families import FAMILIES
 NAMES = [name for name, family in FAMILIES.items() if family.computes]
 CELLS = {
     "train": "test_families_run.py::test_it_learns[{family}-cut]",
-    "parity": "test_parity.py::test_families[{family}-layout]",
-    "sequence parallelism": "test_parity.py::test_families[{family}-sequence]",
-    "schedules": "test_parity.py::test_families[{family}-schedule]",
+    "parity": "test_parity_of_families.py::test_families[{family}-layout]",
+    "sequence parallelism": "test_parity_of_families.py::test_families[{family}-sequence]",
+    "schedules": "test_parity_of_families.py::test_families[{family}-schedule]",
     "checkpoints": "test_families_run.py::test_it_goes_on_in_another_layout[{family}-cut]",
     "import": "test_conversion.py::test_transformers_computes_the_same[{family}-from a folder]",
     "export": "test_conversion.py::test_what_came_in_goes_out_byte_by_byte[{family}]",

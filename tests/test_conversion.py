@@ -20,11 +20,11 @@ from helpers import MACHINE, compose_raw
 from helpers_pretrained import FAMILIES, loaded, reference_of, save_reference
 from references import MODELS
 from safetensors.torch import load_file, save_file
+from states import to_transformers
 from torch import Tensor
 
 from harness.checkpoints import META, FileRecord, checksum, directory_of, find_checkpoint, read_meta, verify_files
 from harness.errors import ConfigError
-from harness.model.transformers_weights import to_transformers
 from harness.record.store import Attempt, write_json
 from harness.run import conversion
 from harness.run.carried import keep_beginning

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from helpers import MACHINE, compose_raw
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
 from references import build_reference
+from states import from_transformers, to_transformers
 
 from harness.errors import ConfigError
 from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
-from harness.model.transformers_weights import from_transformers, to_transformers
 from harness.plan.memory import memory_per_stage
 from harness.spec import counts
 from harness.spec.architecture import DOWN, OUTPUT, QKV, UP

@@ -82,6 +82,6 @@ def test_it_learns(curves: dict[str, list[dict[str, Any]]], family: str, documen
 def test_it_goes_on_in_another_layout(curves: dict[str, list[dict[str, Any]]], family: str, documents: str) -> None:
     whole, rest = (curves[f"{family} {documents} {part}"] for part in ("first", "then"))
     assert [line["step"] for line in rest] == list(range(HALF + 1, STEPS + 1))
-    for key in ("train/loss", "train/grad_norm"):
-        assert [line[key] for line in rest] == pytest.approx([line[key] for line in whole[HALF:]], rel=1e-4), key
-    assert rest[-1]["eval/loss"] == pytest.approx(whole[-1]["eval/loss"], rel=1e-4)
+    for key, bound in (("train/loss", 1e-5), ("train/grad_norm", 1e-4)):
+        assert [line[key] for line in rest] == pytest.approx([line[key] for line in whole[HALF:]], rel=bound), key
+    assert rest[-1]["eval/loss"] == pytest.approx(whole[-1]["eval/loss"], rel=1e-5)

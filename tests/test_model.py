@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from helpers_model import fill, random_state, random_tokens, relative_error, tiny_model
 from references import MODELS, build_reference, encoder_state, use_exact_norms
+from states import to_transformers
 from torch import Tensor
 
+from harness.model import block as block_module
 from harness.model.assembly import SingleStage, build_layers, describe_layers, layer_names
 from harness.model.block import RotaryPositions, TransformerBlock
 from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
 from harness.model.loss import PipelineLoss
-from harness.model.transformers_weights import to_transformers
 from harness.model.weights import initialize, shard
 from harness.spec import counts
 from harness.spec.config import Model
@@ -211,3 +212,17 @@ def test_attention_takes_the_flash_path(name: str) -> None:
             seen.add(node)
             nodes += [function for function, _ in node.next_functions]
     assert any("FlashAttention" in type(node).__name__ for node in seen)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_keys_that_are_repeated_attend_as_those_that_are_shared(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs under a mask, and with the same gradients."""
+    model, (tokens, _) = MODELS[name].model_copy(update={"sliding_window": 4}), random_tokens(MODELS[name])
+    found = []
+    for shares in (True, False):
+        monkeypatch.setattr(block_module, "shares_heads", lambda *_, shares=shares: shares)
+        layers = build_filled(model, random_state(model, dtype=torch.float64)).double()
+        layers(tokens).square().sum().backward()
+        found.append({key: parameter.grad for key, parameter in layers.named_parameters()})
+    for key, gradient in found[0].items():
+        assert relative_error(found[1][key], gradient) < 1e-12, key

@@ -18,6 +18,7 @@ from helpers import MACHINE, compose_raw
 from helpers_pretrained import FAMILIES, place, reference_of, save_reference
 from references import MODELS, build_reference
 from safetensors.torch import load_file, save_file
+from states import from_transformers
 from torch import Tensor
 
 from harness.errors import ConfigError
@@ -26,7 +27,6 @@ from harness.launch.points import data_identity
 from harness.machine import peak_resident_bytes
 from harness.model.assembly import build_layers
 from harness.model.pretrained import read_slice
-from harness.model.transformers_weights import from_transformers
 from harness.model.weights import shard
 from harness.run.conversion import import_weights
 from harness.run.engines.engine import Held

@@ -9,11 +9,11 @@ import torch
 from helpers_model import random_state, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from states import from_transformers, to_transformers
 
 from harness.errors import ConfigError
 from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
-from harness.model.transformers_weights import from_transformers, to_transformers
 from harness.model.weights import draw, initialize, load_full, shard, unshard
 from harness.spec.parameters import ParameterSpec, parameter_table
 

@@ -84,6 +84,11 @@ def slowed(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(is_between, between, slow)
 
 
+def shares_heads(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel lets queries share keys and values: on GPUs none does that takes a mask, too."""
+    return mask is None or query.device.type == "cpu"
+
+
 class ParallelAttention(nn.Module):
     """Self-attention; each rank computes num_attention_heads/tp heads.
 
@@ -121,7 +126,7 @@ class ParallelAttention(nn.Module):
             query, key = self.rotary(query), self.rotary(key)
         mask = self.context.mask(query, self.causal, self.window)
         grouped = self.grouped
-        if grouped and mask is not None and query.device.type != "cpu":  # no fused kernel takes both there
+        if grouped and not shares_heads(query, mask):
             key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
             grouped = False
         # enable_gqa beats repeated keys on CPU; without a mask either way this is flash attention (on CPU also with

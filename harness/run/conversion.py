@@ -116,9 +116,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _end(*_: object) -> None:
+def _end(number: int, _: object) -> None:
     """A signal to end takes the way of an error, which leaves nothing half-written."""
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(128 + number)
 
 
 def import_weights(source: Path, target: Path) -> Converted:
@@ -362,7 +362,7 @@ def _whole(target: Path) -> Iterator[Path]:
                 shutil.rmtree(leftover, ignore_errors=True)
     unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     unfinished.mkdir(parents=True)
-    before = signal.signal(signal.SIGTERM, _end)
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         with _lock(unfinished):
             yield unfinished
@@ -374,7 +374,8 @@ def _whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_free(target: Path) -> None:

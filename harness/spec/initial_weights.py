@@ -25,7 +25,7 @@ from harness.spec.pretrained import (
 )
 from harness.spec.transformers_config import read_shape
 
-NOT_THE_SHAPE = NOT_THE_MODEL - {"name"} | {"causal"}
+NOT_THE_SHAPE = NOT_THE_MODEL - {"name"}
 """Keys of a model that its weights don't bring."""
 
 

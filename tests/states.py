@@ -1,8 +1,4 @@
-"""Weights of `transformers` models to and from ours, by name alone; no `transformers` needed.
-
-Both sides use the same layout of heads and rotary positions, so conversion is renaming, splitting
-or fusing projections, and for some (GPT-2's Conv1D) transposing: `model.architecture.transformers` says which.
-"""
+"""States of whole models of `transformers` to and from ours, in memory; the harness goes tensor by tensor."""
 
 from __future__ import annotations
 
