@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from distributed import run_ranks
-from helpers import MACHINE, compose_raw, make_config
+from helpers import MACHINE, agree, compose_raw, make_config
 from test_checkpoint import TINY
 
 from harness.checkpoints import directory_of
@@ -59,11 +59,22 @@ def test_its_steps_are_measured_like_any(curves: dict[str, list[dict[str, Any]]]
     assert result is not None
     assert result["missing"] == []
     assert (result["optimizer"], result["lost"]) == ("AdamW", [])
+    agree(lambda number: check_accounting(measure_again(folder / f"again {number}") if number else result))
+    assert result["bubble"]["measured"]["fraction"] == result["row"]["bubble_fraction_measured"]
+    assert not (folder / "torch" / "ds_config.json").exists()
+
+
+def measure_again(folder: Path) -> Any:
+    """result.json of the same training."""
+    folder.mkdir()
+    run_ranks(1, "ranks_train", {"runs": [("torch", [*COMMON, *VARIED, "parallel.engine=torch"])]}, folder)
+    return read_json(folder / "torch" / "result.json")
+
+
+def check_accounting(result: Any) -> None:
     (stage,) = result["accounting"]
     assert stage["num_missing"] == 0
     assert abs(stage["residual_seconds"]) < max(0.01 * stage["step_seconds"], 0.5e-3)
-    assert result["bubble"]["measured"]["fraction"] == result["row"]["bubble_fraction_measured"]
-    assert not (folder / "torch" / "ds_config.json").exists()
 
 
 # --- two ranks
