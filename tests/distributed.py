@@ -10,14 +10,15 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from harness.launch.backends.local import reserve_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RANK_VARIABLES = {
@@ -32,9 +33,11 @@ RANK_VARIABLES = {
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One for the life of this process, and never one that the kernel may give to a connection meanwhile."""
+    return reserved.enter_context(reserve_port())
+
+
+reserved = ExitStack()
 
 
 def standin_environment(num_gpus: int, cache: Path) -> dict[str, str]:
