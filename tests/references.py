@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from harness.spec.config import Model, RopeScaling
 
-SCALED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
-"""Of whose pairs, four wide, one is slow, one between and the others fast."""
+SCALED = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_position_embeddings=24)
+"""Of four pairs, with theta 100, one is fast, one between and two are slow."""
 
 MODELS: dict[str, Model] = {
     "gpt2": tiny_model(),

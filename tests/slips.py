@@ -156,6 +156,10 @@ SLIPS = [
                 "wavelength > length / low, frequencies / scaling.factor, frequencies",
                 "wavelength > length / low, frequencies, frequencies",
             ),
+            "fast_pairs_as_between": (
+                "(wavelength <= length / low) & (wavelength >= length / high)",
+                "wavelength <= length / low",
+            ),
             "norm_before_the_sum": (
                 "self.attention_norm(hidden + self.attention_dropout(self.attention(hidden)))",
                 "hidden + self.attention_norm(self.attention_dropout(self.attention(hidden)))",
@@ -457,11 +461,18 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/spec/twin.py",
+        "tests/test_twin.py -k window",
+        False,
+        {"a_window_keeps_its_size": ("SEQUENCE_LENGTH * window // sequence_length", "SEQUENCE_LENGTH")},
+    ),
+    *slips(
         "harness/plan/memory.py",
         "tests/test_memory.py",
         False,
         {
             "nothing_is_sent": ("hidden * (chunk in sends)", "hidden * 0"),
+            "computing_again_takes_no_mask": ("per_token += block + masks", "per_token += block"),
             "no_fp32_copy": ('if zero or precision != "fp32" else 0\n', "if zero else 0\n"),
             "moments_not_split": ('config.parallel.dp if zero or precision == "bf16" else 1', "1"),
         },

@@ -191,6 +191,16 @@ def test_blocks_of_a_pass_keep_one_mask_of_documents() -> None:
     assert packed.activation_bytes - cut.activation_bytes == positions * 4 * config.train.sequence_length
 
 
+def test_computing_again_takes_one_mask_of_documents() -> None:
+    """Of the micro-batch whose block is computed, and none of those in flight."""
+    options = ["model=gpt2_tiny", "parallel.pp=2", "train.activation_checkpointing=full", "parallel.tp=1"]
+    packed, cut = (
+        memory_per_stage(make_config(*options, f"data.documents={kind}"), [2, 2]) for kind in ("packed", "cut")
+    )
+    assert packed[0].micro_batches_in_flight == 2
+    assert [a.activation_bytes - b.activation_bytes for a, b in zip(packed, cut, strict=True)] == [4 * 128 * 128] * 2
+
+
 def test_what_is_peculiar_to_families_by_hand() -> None:
     """Statistics of norms of heads; the mask of a window; what BERT has before its blocks and behind them."""
 

@@ -136,6 +136,17 @@ def test_only_sizes_shrink_and_keep_their_kind(config: RunConfig) -> None:
     check_batch(config, twin)
 
 
+@pytest.mark.parametrize(
+    ("window", "expected"), [(1, 1), (6, 1), (32, 5), (64, 10), (127, 19), (128, 128), (4096, 4096), (None, None)]
+)
+def test_a_window_hides_as_large_a_share(window: int | None, expected: int | None) -> None:
+    """Of 20 positions instead of 128; one that hides nothing does so there, too."""
+    model = LLAMA.model.model_copy(update={"family": "mistral", "sliding_window": window})
+    twin = twin_of(LLAMA.model_copy(update={"model": model}))
+    assert (LLAMA.train.sequence_length, twin.train.sequence_length) == (128, 20)
+    assert twin.model.sliding_window == expected
+
+
 def check_model(config: RunConfig, twin: RunConfig) -> None:
     tp, pp = config.parallel.tp, config.parallel.pp
     full, small = config.model, twin.model
