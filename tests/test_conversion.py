@@ -96,7 +96,7 @@ def _with_extras(folder: Path, target: Path) -> Path:
 
 
 def _old_gpt2(folder: Path, target: Path) -> Path:
-    """GPT-2 without its prefix, with causal masks, a copy of the head, and tensors of three types."""
+    """GPT-2 without its prefix, with causal masks, a copy of the head, three types, and the old word for them."""
     shutil.copytree(folder, target)
     state = {
         name.removeprefix("transformer."): tensor.bfloat16() if "mlp" in name else tensor
@@ -108,6 +108,9 @@ def _old_gpt2(folder: Path, target: Path) -> Path:
         "lm_head.weight": state["wte.weight"].clone(),
     }
     save_file(state, target / "model.safetensors")
+    settings = json.loads((target / "config.json").read_text())
+    settings["torch_dtype"] = settings.pop("dtype")
+    (target / "config.json").write_text(json.dumps(settings))
     return target
 
 
@@ -324,6 +327,8 @@ def test_another_type(folders: dict[str, Path], case: str, dtype: str, tmp_path:
         kept = name == "h.0.attn.bias"
         assert torch.equal(tensor, plain[name] if kept else plain[name].to(getattr(torch, dtype))), name
     settings = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("plain", "out")]
+    assert ("torch_dtype" in settings[0]) == (case == "gpt2 old")
+    settings[0].pop("torch_dtype", None)
     assert settings[1] == settings[0] | {"dtype": dtype}
     if (tmp_path / "out" / "model.safetensors.index.json").exists():
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

@@ -316,6 +316,17 @@ def test_documents_end_with_what_separates_them_and_empty_ones_are_none(tmp_path
     assert (corpus.mask_token, corpus.special_tokens) == (256, ())
 
 
+def test_the_same_letters_in_other_documents_are_another_text(tmp_path: Path) -> None:
+    found = []
+    for parts in (("ab", "c"), ("a", "bc")):
+        folder = tmp_path / "-".join(parts)
+        folder.mkdir()
+        for name, content in zip("12", parts, strict=True):
+            (folder / name).write_text(content)
+        found.append(documents_of(prepare_corpus(data(folder), 256, 3)))
+    assert found == [["ab\n\n", "c\n\n"], ["a\n\n", "bc\n\n"]]
+
+
 def test_a_document_longer_than_a_sample_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "0.txt").touch()
     (tmp_path / "a.txt").write_text("x" * 8)
