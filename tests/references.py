@@ -77,7 +77,8 @@ def build_reference(model: Model, **changes: Any) -> Any:
 def exact_norm(self: Any, hidden: Tensor) -> Tensor:
     """RMSNorm of `transformers` without its detour over fp32."""
     scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * hidden * scale
+    normalized: Tensor = self.weight * hidden * scale
+    return normalized
 
 
 def use_exact_norms(patch: Any) -> None:

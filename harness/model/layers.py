@@ -34,12 +34,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def split_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallel) -> Tensor:
-    """f and a matrix product split over its outputs: [batch, slice, in] -> [batch, sequence, out/tp]."""
-    if tp.group is None:
-        return linear(hidden, weight, bias, tp.later)
-    product = gathered_linear if tp.sequence_parallel else copied_linear
-    return product(hidden, weight, bias, tp.group, tp.later)
+class MatrixLayer(nn.Module):
+    """What multiplies by one matrix. weight: [out, in] of this rank; None: only `packed` has it."""
+
+    weight: nn.Parameter
+    packed: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    """The product and a bias, of inference (`harness.model.packing`): [..., in], [out] -> [..., out]."""
+
+    def __init__(self, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+
+    def product(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        """By this rank's matrix: [..., in], [out] -> [..., out]."""
+        if self.packed is not None:
+            return self.packed(hidden, bias)
+        return linear(hidden, self.weight, bias, self.tp.later)
+
+    def split_product(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
+        """f and the product, where it is split over its outputs: [batch, slice, in] -> [batch, sequence, out/tp]."""
+        if self.tp.group is None or self.packed is not None:
+            return self.product(hidden, bias)
+        product = gathered_linear if self.tp.sequence_parallel else copied_linear
+        return product(hidden, self.weight, bias, self.tp.group, self.tp.later)
 
 
 def sum_of_parts(part: Tensor, tp: TensorParallel) -> Tensor:
@@ -50,7 +67,7 @@ def sum_of_parts(part: Tensor, tp: TensorParallel) -> Tensor:
     return reduce_from_tensor_parallel(part, tp.group)
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(MatrixLayer):
     """Several projections of one input in a single matrix product, each split over its outputs.
 
     Holds the slice of every part, one below the other, so that a rank's query, key and value belong
@@ -58,46 +75,43 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         self.local_parts = [tp.share(size) for size in parts]
         self.weight = nn.Parameter(torch.empty(sum(self.local_parts), in_features))
         self.bias = nn.Parameter(torch.empty(sum(self.local_parts))) if bias else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """[batch, slice, in_features] -> per part [batch, sequence, part/tp], views of one tensor."""
-        output = split_product(hidden, self.weight, self.bias, self.tp)
+        output = self.split_product(hidden, self.bias)
         # The gradient of a split is a copy, of one part too.
         return torch.split(output, self.local_parts, dim=-1) if len(self.local_parts) > 1 else (output,)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(MatrixLayer):
     """A projection split over its inputs; every rank gets the sum. The bias is whole on every rank.
 
     weight: [out_features, in_features/tp], bias: [out_features].
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         self.weight = nn.Parameter(torch.empty(out_features, tp.share(in_features)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, sequence, in_features/tp] -> [batch, slice, out_features]."""
         if self.tp.group is None:
-            return linear(hidden, self.weight, self.bias, self.tp.later)
-        output = sum_of_parts(linear(hidden, self.weight, None, self.tp.later), self.tp)
+            return self.product(hidden, self.bias)
+        output = sum_of_parts(self.product(hidden, None), self.tp)
         # After the sum, or it would count once per rank.
         return output if self.bias is None else output + self.bias
 
 
-class VocabularyMatrix(nn.Module):
+class VocabularyMatrix(MatrixLayer):
     """One row per token, split over ranks. weight: [padded_vocab/tp, hidden]."""
 
     def __init__(self, padded_vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         self.weight = nn.Parameter(torch.empty(tp.share(padded_vocab_size), hidden_size))
 
 
@@ -129,7 +143,7 @@ def vocab_parallel_logits(matrix: VocabularyMatrix, hidden: Tensor) -> Tensor:
 
     The output head, also of a token embedding whose weight it shares.
     """
-    return split_product(hidden, matrix.weight, None, matrix.tp)
+    return matrix.split_product(hidden, None)
 
 
 class HeadBias(nn.Module):
@@ -144,19 +158,18 @@ class HeadBias(nn.Module):
         return logits + self.bias
 
 
-class HeadDense(nn.Module):
+class HeadDense(MatrixLayer):
     """A projection and its activation before the output head, whole on every rank, like the norm after it."""
 
     def __init__(self, hidden_size: int, activation: str, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         self.activation = ACTIVATIONS[activation]
         self.weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, slice, hidden] -> the same."""
-        return self.activation(linear(hidden, self.weight, self.bias, self.tp.later))
+        return self.activation(self.product(hidden, self.bias))
 
 
 class Positions(nn.Module):

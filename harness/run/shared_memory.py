@@ -171,8 +171,18 @@ class SharedMemoryGroup(dist.ProcessGroup):
         if len(tensors) > 1 or not sums or not self._takes(tensor):
             return self.by_gloo("allreduce", tensors, opts)
         factor = 1 / self._size if is_mean else 1.0
+        if not (opts.asyncOp or self._begun) and tensor.nbytes <= SLOT_BYTES:
+            return self._sum_at_once(tensor.view(-1), factor)
         pieces = _pieces(tensor)
         return self._begin(pieces, lambda number: self._sum(pieces[number], factor))
+
+    @torch.no_grad()
+    def _sum_at_once(self, piece: Tensor, factor: float) -> dist.Work:
+        """What is small and waited for at once, as when single tokens are computed, needs no exchange to keep it."""
+        self._said.say(piece)
+        self._sum(piece, factor)
+        self._said.heard()
+        return Done()
 
     def _sum(self, piece: Tensor, factor: float) -> None:
         """Two ranks add what the other said. More add up a share each, and say the sum, so that all get the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from contextlib import suppress
 from functools import cache
@@ -38,12 +39,15 @@ def peak_memory_bytes() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Forget the peaks of building the model: what is reported is that of training.
+    """Forget the peaks of building the model: what is reported is that of what comes now.
 
-    On CPU Linux forgets (proc(5), clear_refs); where it may not be asked, the peak since the start is reported.
+    On CPU Linux forgets (proc(5), clear_refs), once glibc has given back what is free; where they may not be asked, the
+    peak since the start is reported.
     """
     if cuda := _cuda():
         cuda.reset_peak_memory_stats()
         return
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
