@@ -28,10 +28,11 @@ from harness.errors import ConfigError
 
 FOLDER = "checkpoints"
 META = "meta.json"
+CARRIED = "transformers"
 FORMAT = 1
 
 # What differs between trainings of one and the same model.
-NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn", "causal", "weights"})
+NOT_THE_MODEL = frozenset({"name", "initializer_range", "dropout", "compile", "onednn", "causal", "weights", "part"})
 
 
 class FileRecord(BaseModel):

@@ -60,6 +60,8 @@ class Corpus:
     """What stands for a token that is masked."""
     special_tokens: tuple[int, ...] = ()
     """Those of no text, which are never masked."""
+    source: str = ""
+    """What the text is, in short."""
 
     def ranges(self, sequence_length: int) -> tuple[range, range]:
         """Positions of the training tokens, and of the held-out ones at the end.
@@ -83,7 +85,8 @@ def prepare_corpus(data: Data, vocab_size: int, sequence_length: int, objective:
     """
     if data.kind == "synthetic":
         corpus = _random_tokens(vocab_size, objective)
-        return replace(corpus, fingerprint=_fingerprint(corpus, data.documents, objective))
+        fingerprint = _fingerprint(corpus, data.documents, objective)
+        return replace(corpus, fingerprint=fingerprint, source=corpus.description)
     text = _hub_text(data) if data.kind == "hub" else _local_text(data.path)
     content = hashlib.sha256()
     for document in text.documents():
@@ -101,6 +104,7 @@ def prepare_corpus(data: Data, vocab_size: int, sequence_length: int, objective:
         entry["num_ids"],
         entry["mask_token"],
         tuple(entry["special_tokens"]),
+        text.source,
     )
     if data.documents == "cut":
         _check_windows(corpus, text, sequence_length)
@@ -298,17 +302,7 @@ class _Tokenizer(NamedTuple):
 def _load_tokenizer(name: str) -> _Tokenizer:
     if name == "bytes":
         return _Tokenizer(256, list(b"\n\n"), lambda text: np.frombuffer(text.encode(), np.uint8), mask_token=256)
-    try:
-        auto_tokenizer = importlib.import_module("transformers").AutoTokenizer  # takes seconds
-        tokenizer = auto_tokenizer.from_pretrained(
-            Path(name).expanduser(), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # anything: each kind of tokenizer fails in its own way
-        raise ConfigError(
-            f"data.tokenizer={name!r} holds no tokenizer that transformers can load "
-            f"({_first_line(error)}); "
-            "give a folder written by a tokenizer's save_pretrained, or `bytes`"
-        ) from error
+    tokenizer = load_pretrained_tokenizer(name, f"data.tokenizer={name!r}")
 
     def encode(text: str) -> Any:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -322,6 +316,25 @@ def _load_tokenizer(name: str) -> _Tokenizer:
         tokenizer.mask_token_id,
         sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}),
     )
+
+
+def load_pretrained_tokenizer(folder: str, given: str) -> Any:
+    """The tokenizer of `transformers` in a folder.
+
+    Args:
+        given: what named the folder, for messages.
+
+    Raises:
+        ConfigError: there is none that can be loaded.
+    """
+    try:
+        auto_tokenizer = importlib.import_module("transformers").AutoTokenizer  # takes seconds
+        return auto_tokenizer.from_pretrained(Path(folder).expanduser(), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # anything: each kind of tokenizer fails in its own way
+        raise ConfigError(
+            f"{given} holds no tokenizer that transformers can load ({_first_line(error)}); "
+            "give a folder written by a tokenizer's save_pretrained, or `bytes`"
+        ) from error
 
 
 def _tokenizer_identity(name: str) -> str:

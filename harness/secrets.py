@@ -16,8 +16,13 @@ from typing import Any
 
 from harness.errors import ConfigError
 
-PLACES = ("data.path", "data.tokenizer", "model.path", "model.weights", "results_dir", "train.resume")
+PLACES = (
+    "data.path", "data.tokenizer", "model.path", "model.weights", "generate.output", "generate.prompts_file",
+    "results_dir", "train.resume",
+)  # fmt: skip
 """Keys that hold paths."""
+PROMPT = "generate.prompt"
+"""A text that may hold anything: it is repeated as it is."""
 OVERRIDES = "sweep.points"
 """Overrides of points, whose values are settled when each is composed."""
 
@@ -51,7 +56,8 @@ def refuse_typed_out(overrides: Iterable[str]) -> None:
         TypedOut: it names the key, not the value.
     """
     for override in overrides:
-        if found := TYPED_OUT.search(override):
+        is_prompt = override.lstrip("+").startswith(f"{PROMPT}=")
+        if not is_prompt and (found := TYPED_OUT.search(override)):
             raise _typed_out(found[1])
 
 
@@ -73,7 +79,7 @@ def settle(raw: Mapping[str, Any]) -> dict[str, Any]:
             return value
         if key in PLACES:
             return fill_in(value)
-        if key.startswith("deepspeed.") or key == OVERRIDES:
+        if key.startswith("deepspeed.") or key in (OVERRIDES, PROMPT):
             return value
         raise ConfigError(
             f"{key}={value!r} would be written to files; only deepspeed.* and {', '.join(PLACES)} take values from "

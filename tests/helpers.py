@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 
 from harness.launch.compose import Composer
 from harness.machine import Machine
-from harness.record.columns import measured_columns
+from harness.record.columns import inferred_columns, measured_columns
+from harness.record.inference import Bubbles, InferenceRecord, MeasuredInference, PhaseRecord, inference_line
 from harness.record.sources import MeasuredRun
 from harness.record.steps import StepRecord, metrics_line
 from harness.record.store import Attempt, Status, SweepDirectory, environment, write_atomically, write_json
@@ -106,6 +107,55 @@ def record_attempt(
         lines = [*lines[:2], lines[2][:10]]
     attempt.metrics_file.write_text("".join(lines))
     attempt.write_status(status, reason)
+    return attempt
+
+
+def inference_records(seconds: Sequence[float], tokens: int = 1000) -> list[InferenceRecord]:
+    """Measurements of two requests, a quarter of whose time is prefill."""
+    return [
+        InferenceRecord(
+            number=number,
+            seconds=whole,
+            tokens=tokens,
+            peak_memory_bytes=2**20 * number,
+            first_token_seconds=[whole / 10, whole / 5],
+            inter_token_seconds=[whole / 100] * 3,
+            queue_seconds=[0.0, whole / 10],
+            prefill=PhaseRecord(whole / 4, 600, Bubbles(0.2, 0.25)),
+            decode=PhaseRecord(whole * 3 / 4, tokens - 2, Bubbles(0.1, 0.125)),
+        )
+        for number, whole in enumerate(seconds, start=1)
+    ]
+
+
+def record_inference(
+    sweep: SweepDirectory,
+    *overrides: str,
+    status: Status = "ok",
+    seconds: Sequence[float] = (0.4, 0.5, 0.6),
+    machine: Machine = MACHINE,
+    command: str = "deepspeed --num_gpus 2 launchers/generate.py",
+) -> Attempt:
+    """An attempt as a run of task=generate, unless the overrides say otherwise, leaves it: cut off unless it is ok."""
+    wanted = ("task=generate", *overrides, f"results_dir={sweep.results_dir}", f"sweep.name={sweep.name}")
+    config = make_config(*wanted, machine=machine)
+    attempt = sweep.point(config, hash_of(config, "data")).new_attempt()
+    attempt.write_config(config)
+    write_atomically(attempt.command_file, command + "\n")
+    attempt.write_status("running", environment=environment(machine))
+    records = inference_records(seconds)
+    if config.task == "forward":
+        none: dict[str, Any] = {"first_token_seconds": [], "inter_token_seconds": [], "queue_seconds": []}
+        records = [replace(record, **none, decode=None) for record in records]
+    lines = [json.dumps(inference_line(record)) + "\n" for record in records]
+    if status == "ok":
+        counting = records[config.train.warmup_steps :] if config.task == "forward" else records
+        run = MeasuredInference(config, counting, machine, kv_cache_bytes=2**20)
+        write_json(attempt.result_file, {"row": inferred_columns(run)})
+    else:
+        lines[-1] = lines[-1][:10]
+    attempt.metrics_file.write_text("".join(lines))
+    attempt.write_status(status, None if status == "ok" else "boom")
     return attempt
 
 

@@ -18,10 +18,12 @@ from harness.record.store import Attempt, read_jsonl
 from harness.run.engines.deepspeed.join import initialize_distributed
 from harness.run.instruments import gemm
 from harness.run.tasks.comm_bench import comm_bench
+from harness.run.tasks.forward import forward
+from harness.run.tasks.generate import generate
 from harness.run.tasks.train import train
 from harness.run.tasks.verify import verify
 
-TASKS = {"train": train, "verify": verify, "comm_bench": comm_bench}
+TASKS = {"train": train, "generate": generate, "forward": forward, "verify": verify, "comm_bench": comm_bench}
 
 
 def run(argument: list[tuple[str, list[str]]], folder: Path) -> dict[str, Any]:

@@ -406,8 +406,8 @@ SLIPS = [
         True,
         {
             "row_bias_per_rank": (
-                "linear(hidden, self.weight, None, self.tp.later), self.tp)",
-                "linear(hidden, self.weight, self.bias, self.tp.later), self.tp)",
+                "sum_of_parts(self.product(hidden, None), self.tp)",
+                "sum_of_parts(self.product(hidden, self.bias), self.tp)",
             ),
             "positions_of_the_first_slice": ("first = length * (self.tp.slice_rank or 0)", "first = 0"),
         },
@@ -472,6 +472,93 @@ SLIPS = [
         },
     ),
     *slips(
+        "harness/prompts.py",
+        "tests/test_prompts.py",
+        False,
+        {
+            "half_a_character_is_shown": ("if text.endswith(UNKNOWN) or len(text)", "if len(text)"),
+            "every_token_is_read_alone": ("self._last, self._new = self._new, []", "self._last, self._new = [], []"),
+            "a_cut_stop_string_is_shown": ("return max(lengths, default=0)", "return 0"),
+            "the_first_begin_of_stop_strings_counts": ("(at + len(stop), at)", "(at, at)"),
+            "prompts_without_their_first_token": (
+                "tokenizer(text, verbose=False)",
+                "tokenizer(text, verbose=False, add_special_tokens=False)",
+            ),
+            "a_prompt_fills_all_positions": ("elif len(tokens) > most:", "elif len(tokens) > most + 1:"),
+            "stop_tokens_of_config_json_alone": ('("generation_config.json", "config.json")', '("config.json",)'),
+            "a_tokenizer_that_is_carried_but_unused": (
+                'if trained_with is not None and (trained_with == "bytes"',
+                "if False and (True",
+            ),
+        },
+    ),
+    *slips(
+        "harness/launch/generate.py",
+        "tests/test_generate_cli.py -k any_text or quotes or flags",
+        False,
+        {
+            "two_quoted_texts_are_one": ("(?:\\\\.|(?!\\1)[^\\\\])*", ".*"),
+            "a_prompt_is_filled_in": ('re.sub(r"(\\\\*)\\$\\{", r"\\1\\1\\\\${", value)', "value"),
+            "the_task_before_all_flags": ("first = overrides[0] if overrides else len(argv)", "first = 0"),
+        },
+    ),
+    *slips(
+        "harness/launch/generate.py",
+        "tests/test_generate_cli.py -k become or shown or kept",
+        True,
+        {
+            "lines_in_the_order_they_ended": (
+                'sorted(read_jsonl(attempt.generated_file), key=lambda line: int(line["number"]))',
+                "read_jsonl(attempt.generated_file)",
+            ),
+            "figures_among_the_text": ('f"run: {attempt.path}"]), file=sys.stderr)', 'f"run: {attempt.path}"]))'),
+            "text_comes_again_and_again": ("self._position += len(taken)", "pass"),
+            "what_had_ended_is_lost_with_the_rest": (
+                "if config.generate.output is not None:",
+                'if config.generate.output is not None and outcome.status == "ok":',
+            ),
+        },
+    ),
+    *slips(
+        "harness/run/inference/texts.py",
+        "tests/test_generate_cli.py -k shown",
+        True,
+        {"text_waits_for_its_end": ("            self._stream.flush()\n", "")},
+    ),
+    *slips(
+        "harness/run/inference/requests.py",
+        "tests/test_generate_cli.py -k waiting",
+        False,
+        {
+            "nothing_says_that_it_waits": ("            self._idle()\n", ""),
+            "one_long_wait_for_a_request": ("time.sleep(min(left, 1.0))", "time.sleep(left)"),
+        },
+    ),
+    *slips(
+        "harness/launch/points.py",
+        "tests/test_generate_cli.py -k only_generate",
+        False,
+        {"an_output_that_nobody_writes": ("config.generate.output is not None:", "False:")},
+    ),
+    *slips(
+        "harness/spec/generation.py",
+        "tests/test_generate_cli.py -k one_sentence",
+        False,
+        {"an_output_of_nothing": ("        if not gives_prompts(config):", "        if False:")},
+    ),
+    *slips(
+        "harness/prompts.py",
+        "tests/test_generate_cli.py -k one_sentence",
+        False,
+        {"a_long_prompt_in_a_message": ("if len(text) <= SHOWN else", "if True else")},
+    ),
+    *slips(
+        "harness/launch/verify.py",
+        "tests/test_generate_cli.py -k parity_check",
+        False,
+        {"a_check_of_the_plain_configuration": ('r"launchers/\\w+\\.py"', 'r"launchers/train\\.py"')},
+    ),
+    *slips(
         "harness/run/conversion.py",
         "tests/test_conversion.py -k another_type",
         False,
@@ -482,6 +569,16 @@ SLIPS = [
         "tests/test_twin.py -k window",
         False,
         {"a_window_keeps_its_size": ("SEQUENCE_LENGTH * window // sequence_length", "SEQUENCE_LENGTH")},
+    ),
+    *slips(
+        "harness/spec/twin.py",
+        "tests/test_twin.py -k goes_round",
+        False,
+        {
+            "a_twin_has_no_chunks": ("chunk = min(chunk, PREFILL_CHUNK) if has_several else None", "chunk = None"),
+            "groups_of_a_twin_are_even": ("count * own_rows + min(uneven, 1)", "count * own_rows"),
+            "no_request_of_a_twin_waits": ("batch_size + ENTERING_LATER", "batch_size"),
+        },
     ),
     *slips(
         "harness/plan/memory.py",
@@ -601,8 +698,8 @@ SLIPS = [
                 "run.share_of(run.gemm_flops_per_second)",
             ),
             "last_peak_of_memory": (
-                "largest([record.peak_memory_bytes for record in run.records])",
-                "run.records[-1].peak_memory_bytes",
+                "measured=lambda run: largest([record.peak_memory_bytes for record in run.records])",
+                "measured=lambda run: run.records[-1].peak_memory_bytes",
             ),
             "perplexity_of_base_2": ("else perplexity(run.eval_loss)", "else 2**run.eval_loss"),
         },
@@ -715,7 +812,7 @@ SLIPS = [
             ),
             "ties_by_the_median": ("if fast >= slowest", "if entry[by] >= slowest"),
             "a_tie_ends_with_its_last": ("min(slow, slowest)", "slow"),
-            "oversubscribed_ranked": ('sound and not row["oversubscribed"] and', "sound and"),
+            "oversubscribed_ranked": ('is_sound(row) and not row["oversubscribed"] and', "is_sound(row) and"),
         },
     ),
     *slips(
@@ -903,6 +1000,20 @@ SLIPS = [
             ),
             "onednn_against_the_users_will": ("if _wanted is None:", "if not _wanted:"),
             "another_engines_products_are_named": ("_wanted, _has_used_onednn = wanted, False", "_wanted = wanted"),
+        },
+    ),
+    *slips(
+        "harness/model/packing.py",
+        "tests/test_packing.py",
+        False,
+        {
+            "int8_of_a_scale_for_all_rows": ("rows.abs().amax(dim=-1, keepdim=True)", "rows.abs().amax()[None, None]"),
+            "int8_cuts_off": ("add_(zero + 0.5)", "add_(zero)"),
+            "int8_overflows_unnoticed": ("return 127 if bool((sums == 64 * 127**2).all()) else 63", "return 127"),
+            "int8_without_bias": ("output * scale if bias is None else", "output * scale if True else"),
+            "embeddings_are_packed": ("if is_embedding and not has_tied_head:", "if False:"),
+            "rows_that_are_looked_up_are_dropped": ("if not (is_embedding and embeds):", "if True:"),
+            "weights_stay_beside_packed_ones": ('layer.register_parameter("weight", None)', "pass"),
         },
     ),
     *slips(
@@ -1104,6 +1215,54 @@ SLIPS = [
         "tests/test_pretrained.py -k bad_folders",
         False,
         {"cut_files_are_taken": ("if num_bytes != end:", "if num_bytes > end:")},
+    ),
+    *slips(
+        "harness/record/report.py",
+        "tests/test_report.py::TestInference",
+        False,
+        {
+            "generation_by_steps": (
+                'if row.get("task") == "generate" else "step_seconds"',
+                'if False else "step_seconds"',
+            ),
+            "tasks_share_a_ranking": (
+                '(row.get("task") or "train", row.get("part") or "model"), [])',
+                '("train", "model"), [])',
+            ),
+            "offered_rates_compete": ("is_comparable(row) and not has_rate(row)", "is_comparable(row)"),
+        },
+    ),
+    *slips(
+        "harness/record/rows.py",
+        "tests/test_report.py::TestInference tests/test_metrics.py::TestInference",
+        False,
+        {
+            "speedup_over_other_threads": ("[settings, threads, config.launch.slots]", "[settings]"),
+            "stale_rows_have_speedups": (' and not found["stale"] and', " and"),
+            "warm_up_before_a_crash_counts": (
+                'lines[config.train.warmup_steps :] if config.task == "forward" else lines',
+                "lines",
+            ),
+        },
+    ),
+    *slips(
+        "harness/record/columns.py",
+        "tests/test_report.py::TestInference",
+        False,
+        {
+            "latency_is_a_rate": ("if is_rate else (one[name], row[name])", "if is_rate else (row[name], one[name])"),
+            "efficiency_is_speedup": ('return speedup and speedup / row["world_size"]', "return speedup"),
+        },
+    ),
+    *slips(
+        "harness/analyse/rings.py",
+        "tests/test_finish.py",
+        False,
+        {
+            "tokens_go_to_the_next_stage": ('"send_tokens": 0', '"send_tokens": stage + 1'),
+            "who_hears_receives_tokens": ('s._replace(kind="hear")', "s"),
+            "all_of_decode_is_drawn": ("passes[:MOST_PASSES]", "passes"),
+        },
     ),
 ]
 

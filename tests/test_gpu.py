@@ -28,6 +28,11 @@ FP16 = ["train.precision=fp16", "parallel.zero_stage=1"]
 BF16 = ["train.precision=bf16"]
 BENCH = ["comm_bench.min_bytes=1024", "comm_bench.max_bytes=65536", "comm_bench.repeats=2"]
 
+GENERATE = [
+    *TINY, "task=generate", "generate.max_new_tokens=4", "generate.prompt_length=7", "generate.repeats=1",
+    "generate.batch_size=3",
+]  # fmt: skip
+
 TASKS: dict[int, list[tuple[str, list[str]]]] = {
     2: [
         # Before any engine, which would set the device.
@@ -39,6 +44,10 @@ TASKS: dict[int, list[tuple[str, list[str]]]] = {
         ("verify", [*SMALL, *FP16, "parallel.tp=2"]),
         ("verify", [*SMALL, *BF16, "parallel.pp=2"]),
         ("comm_bench", [*SMALL, *BENCH, *FP16, "parallel.pp=2"]),
+        ("generate", [*GENERATE, *BF16, "parallel.pp=2", "generate.temperature=1.0", "generate.prefill_chunk=3"]),
+        ("generate", [*GENERATE, "train.precision=fp16", "parallel.tp=2", "generate.repetition_penalty=1.2"]),
+        ("forward", [*TINY, "task=forward", *STEPS, *BF16, "parallel.pp=2"]),
+        ("verify", [*GENERATE, "parallel.tp=2"]),
     ],
     4: [
         ("train", [*SMALL, *LARGE, *BF16, "parallel.tp=2", "parallel.pp=2"]),
@@ -67,6 +76,10 @@ def check_result(task: str, overrides: list[str], result: dict[str, Any]) -> Non
     if task == "verify":
         wrong = [comparison for comparison in result["comparisons"] if not comparison["passed"]]
         assert not wrong, overrides
+    elif task in ("generate", "forward"):
+        assert result["row"]["tokens_per_second"] > 0
+        assert result["kv_cache_bytes"]["measured"] == result["kv_cache_bytes"]["predicted"]
+        assert result["transport"] == "nccl"
     elif task == "comm_bench":
         assert result["transport"] == "nccl"
         assert result["hardware"]["device_name"] == "Stand-in GPU"

@@ -6,14 +6,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
-from helpers import MACHINE, make_config, record_attempt, step_records
+from helpers import MACHINE, inference_records, make_config, record_attempt, record_inference, step_records
 
 from harness.corpus import prepare_corpus
 from harness.machine import Machine
@@ -21,11 +21,13 @@ from harness.model.assembly import build_layers
 from harness.model.groups import TensorParallel
 from harness.model.weights import initialize
 from harness.plan.hardware import peak_flops_per_second
-from harness.record.columns import layout_columns, measured_columns, names
+from harness.record.columns import inferred_columns, layout_columns, measured_columns, names
+from harness.record.inference import MeasuredInference, inference_line, inference_record_of
 from harness.record.rows import point_row, row
 from harness.record.sources import Compiled, MeasuredRun, flops_beside_peers, is_oversubscribed
 from harness.record.steps import metrics_line, record_of
 from harness.record.store import Point, SweepDirectory, environment, write_json
+from harness.record.summary import inference_lines
 from harness.run.data import CorpusSamples
 from harness.run.engines.deepspeed.settings import build_deepspeed_config
 from harness.spans.span import Bubble
@@ -358,3 +360,95 @@ def test_what_an_emulated_model_would_compute_means_nothing() -> None:
     assert columns["tokens_per_second"] > 0
     for column in ("model_tflops_per_device", "model_tflops_per_device_causal", "mfu", "gemm_utilization"):
         assert columns[column] is None
+
+
+class TestInference:
+    """Against values computed by hand from `inference_records`."""
+
+    MEASURED: ClassVar = {
+        "generation_seconds": 0.5, "generation_seconds_p10": 0.42, "generation_seconds_p90": 0.58,
+        "tokens_per_second": 2000, "prefill_tokens_per_second": 600 / 0.125, "decode_tokens_per_second": 998 / 0.375,
+        "prefill_bubble_fraction_measured": 0.25, "decode_bubble_fraction_measured": 0.125,
+        "peak_memory_bytes": 3 * 2**20,
+    }  # fmt: skip
+    OF_REQUESTS: ClassVar = {
+        "time_to_first_token_seconds": 0.07,  # of 0.04, 0.05, 0.06, 0.08, 0.10, 0.12
+        "inter_token_seconds_p50": 0.005, "queue_seconds_p50": 0.02, "prefill_bubble_fraction_simulated": 0.2,
+    }  # fmt: skip
+
+    def test_generation(self, tmp_path: Path) -> None:
+        found = row(record_inference(SweepDirectory(tmp_path, "grid"), "parallel.pp=2"))
+        expected = self.MEASURED | self.OF_REQUESTS
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+        layout = {"task": "generate", "part": "model", "batch_size": 8, "num_groups": 2, "prompt_length": 64}
+        assert {name: found[name] for name in layout} == layout
+        of_training = ("step_seconds", "micro_batch_size", "num_micro_batches", "schedule", "bubble_fraction_ideal",
+                       "bubble_fraction_measured", "bubble_overhead_ideal", "first_loss", "last_loss", "drift",
+                       "warmup_steps_detected", "mfu", "zero_stage", "engine", "parity")  # fmt: skip
+        assert [name for name in of_training if found[name] is not None] == []
+
+    def test_forward_passes(self, tmp_path: Path) -> None:
+        attempt = record_inference(SweepDirectory(tmp_path, "grid"), "task=forward", seconds=[9, 9, 0.4, 0.5])
+        found = row(attempt)
+        expected = {"step_seconds": 0.45, "tokens_per_second": (2500 + 2000) / 2, "bubble_fraction_measured": 0.25,
+                    "bubble_fraction_simulated": 0.2, "bubble_overhead_measured": 1 / 3}  # fmt: skip
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+        of_sequences = ("generation_seconds", "batch_size", "num_groups", "prompt_length", "max_new_tokens",
+                        "prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds",
+                        "kv_cache_bytes", "prefill_bubble_fraction_ideal")  # fmt: skip
+        assert [name for name in of_sequences if found[name] is not None] == []
+
+    def test_what_was_measured_before_a_crash_is_in_the_row(self, tmp_path: Path) -> None:
+        sweep = SweepDirectory(tmp_path, "grid")
+        found = row(record_inference(sweep, status="crashed", seconds=[0.4, 0.5, 0.6, 9.0]))
+        assert {name: found[name] for name in self.MEASURED} == pytest.approx(self.MEASURED)
+        assert [found[name] for name in self.OF_REQUESTS] == [None] * len(self.OF_REQUESTS)
+        early = row(record_inference(sweep, "task=forward", status="oom", seconds=[9, 9, 9]))
+        assert (early["step_seconds"], early["tokens_per_second"]) == (None, None)
+        damaged = record_inference(sweep, "parallel.tp=2", status="crashed")
+        damaged.metrics_file.write_text('{"step": 1}\n')
+        assert row(damaged)["generation_seconds"] is None
+
+    def test_a_line_tells_of_a_measurement(self) -> None:
+        (record,) = inference_records([0.5])
+        read = inference_record_of(json.loads(json.dumps(inference_line(record))))
+        assert read.prefill
+        assert record.prefill
+        assert replace(read.prefill, bubbles=record.prefill.bubbles) == record.prefill
+        assert (read.number, read.seconds, read.tokens) == (1, 0.5, 1000)
+
+    def test_repeats_are_one_row(self, tmp_path: Path) -> None:
+        sweep = SweepDirectory(tmp_path, "grid")
+        sweep.prepare({"environment": environment(MACHINE)})
+        for seconds in ([0.4, 0.5, 0.6], [0.7, 0.8, 0.9]):
+            point = record_inference(sweep, seconds=seconds).point
+        found = point_row(point)
+        assert found
+        values = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+        assert found["repeats"] == 2
+        assert found["generation_seconds"] == pytest.approx(0.65)
+        assert found["generation_seconds_p10"] == pytest.approx(np.percentile(values, 10))
+        assert found["generation_seconds_p90"] == pytest.approx(np.percentile(values, 90))
+        assert found["tokens_per_second"] == pytest.approx(1000 / 0.65)
+        assert found["step_seconds_p10"] is None
+
+    def test_a_refused_point_shows_what_was_asked(self, tmp_path: Path) -> None:
+        sweep = SweepDirectory(tmp_path, "grid")
+        asked = {"task": "generate", "generate": {"batch_size": 4, "max_new_tokens": 7}, "parallel": {"dp": 2},
+                 "train": {"micro_batch_size": 3}}  # fmt: skip
+        found = row(sweep.record_invalid(["parallel.dp=2"], asked, "don't generate together", "command"))
+        assert (found["task"], found["batch_size"], found["max_new_tokens"], found["dp"]) == ("generate", 4, 7, 2)
+        assert found["micro_batch_size"] is None
+
+    def test_fewer_requests_than_slots_are_fewer_groups(self) -> None:
+        config = make_config("task=generate", "parallel.pp=2", "generate.num_requests=1")
+        assert layout_columns(config)["num_groups"] == 1
+
+    def test_summary_has_the_three_bubbles_beside_each_other(self) -> None:
+        config = make_config("task=generate", "parallel.pp=2")
+        measured = inferred_columns(MeasuredInference(config, inference_records([0.5]), MACHINE))
+        lines = inference_lines(config, measured)
+        assert "prefill     4,800.0 tokens/s, bubble 25.0% measured, 20.0% simulated, 33.3% ideal" in lines
+        passes = make_config("task=forward", "parallel.pp=2", "train.global_batch_size=4")
+        measured = inferred_columns(MeasuredInference(passes, inference_records([0.5]), MACHINE))
+        assert "bubble      25.0% measured, 20.0% simulated, 20.0% ideal" in inference_lines(passes, measured)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt
+from helpers import MACHINE, OfflineRun, read_offline_run, record_attempt, record_inference
 
 from harness.analyse import finish
 from harness.analyse.finish import Child, Finishing, start_mirror
@@ -168,6 +168,20 @@ class TestOtherRuns:
             path for path in mirrored.path.glob("wandb/offline-run-*/*.wandb") if read_offline_run(path).exit_code == 0
         ]
         assert len(complete) == 2  # the measured layout and the sweep
+
+
+def test_generation_has_a_history_and_a_summary(tmp_path: Path) -> None:
+    attempt = record_inference(SweepDirectory(tmp_path, "grid"), "parallel.pp=2")
+    assert wait_for(start_mirror(attempt)) == []
+    run = offline(attempt.sweep, attempt.wandb_run_id())
+    assert [own(line) for line in run.history] == read_jsonl(attempt.metrics_file)
+    assert [line["perf/decode_tokens_per_second"] for line in run.history] == pytest.approx(
+        [998 / 0.3, 998 / 0.375, 998 / 0.45]
+    )
+    assert own(run.summary) == row(attempt)
+    assert run.summary["decode_tokens_per_second"] == pytest.approx(998 / 0.375)
+    assert own(run.config)["generate"]["batch_size"] == 8
+    assert sorted(run.run.tags) == ["ok", "pp2", "tp1"]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def two_stages() -> dict[int, list[Span]]:
 
 
 def test_colours_show_what_each_rank_did(tmp_path: Path) -> None:
-    timeline_picture(two_stages(), tmp_path / "step.png", "1F1B, 2 stages: $ has no meaning")
+    timeline_picture({"": two_stages()}, tmp_path / "step.png", "1F1B, 2 stages: $ has no meaning")
     pixels = numpy.asarray(imread(tmp_path / "step.png"))[:, :, :3]
     height, width = pixels.shape[:2]
     assert width == plots.INCHES_WIDE * 150

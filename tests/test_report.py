@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas
 import pytest
-from helpers import MACHINE, record_attempt
+from helpers import MACHINE, record_attempt, record_inference
 from rich.console import Console
 
 from harness.launch import report as launch_report
@@ -113,6 +113,103 @@ class TestRank:
         assert any("Measured several times" in sentence for sentence in told)
         assert "Step times of 1 of 2 points drifted (results.csv: drift)." in told
         assert not any("times" in sentence for sentence in legend(rank([make_row(1.0, repeats=1)]))[:-1])
+
+
+def make_generated(seconds: float, low: float | None = None, high: float | None = None, **values: Any) -> dict:
+    """A row of task=generate, of 1000 tokens."""
+    row = make_row(seconds, **values) | {"step_seconds": None, "step_seconds_p10": None, "step_seconds_p90": None}
+    row |= {"task": "generate", "part": "model", "batch_size": 8} | values
+    name = "generation_seconds"
+    return row | {name: seconds, f"{name}_p10": low or seconds, f"{name}_p90": high or seconds}
+
+
+class TestInference:
+    def test_generation_is_ranked_by_its_own_seconds(self) -> None:
+        a, b = make_generated(1.0, 0.9, 1.1, point="a"), make_generated(1.2, 1.1, 1.3, point="b")
+        c = make_generated(1.5, 1.4, 1.6, point="c")
+        assert ranks(c, b, a) == [("a", "1"), ("b", "1="), ("c", "3")]
+        first, tie, *_ = legend(rank([a, b, c]))
+        assert first == (
+            "Ranked by tokens_per_second among 2-rank layouts, from the median measurement of generate.repeats."
+        )
+        assert tie == "= is a tie: the p10-p90 range of their times overlaps with one above of the same rank."
+
+    def test_oversubscribed_generation_has_no_rank(self) -> None:
+        shared = make_generated(0.1, point="shared", oversubscribed=True)
+        assert ranks(shared, make_generated(1.0, point="good")) == [("good", "1"), ("shared", "")]
+
+    def test_what_measures_something_else_is_ranked_apart(self) -> None:
+        layer = make_row(0.1, point="layer", task="forward", part="layer", command="run layer")
+        model = make_row(1.0, point="model", task="forward", part="model", command="run model")
+        one = make_generated(2.0, point="one", world_size=1, command="run one")
+        two = make_generated(1.1, point="two")
+        rows = rank([one, two, model, layer])
+        assert [(row["point"], row["rank"]) for row in rows] == [
+            ("layer", "1"), ("model", "1"), ("one", "1"), ("two", "2")
+        ]  # fmt: skip
+        told = legend(rows)
+        assert told[0] == "Tasks and parts of the model are ranked apart."
+        assert "task=forward model.part=layer is ranked by tokens_per_second among 2-rank layouts" in told[1]
+        assert "task=generate model.part=model is ranked by tokens_per_second_per_device across world sizes" in told[3]
+        text = terminal(rows)
+        assert [text.count(f"\nrun {name}\n") for name in ("layer", "model", "one")] == [1, 1, 1]
+        assert "a tie" not in text
+
+    def test_offered_rates_are_curves_by_layout(self) -> None:
+        rows = [
+            make_generated(1.0 / rate, point=f"tp{tp} {rate}", tp=tp, world_size=tp, request_rate=rate)
+            for rate in (8.0, 2.0)
+            for tp in (2, 1)
+        ]
+        found = rank([*rows, make_generated(3.0, point="at once")])
+        assert [(row["point"], row["rank"]) for row in found] == [
+            ("at once", "1"), ("tp1 2.0", ""), ("tp1 8.0", ""), ("tp2 2.0", ""), ("tp2 8.0", "")
+        ]  # fmt: skip
+        assert any("curves of latency over load" in sentence for sentence in legend(found))
+
+    def test_speedups_are_over_one_rank_with_the_same_settings(self, tmp_path: Path) -> None:
+        machine = replace(MACHINE, num_cores=4, num_devices=4)
+        sweep = SweepDirectory(tmp_path, "grid")
+        sweep.prepare({"environment": environment(machine)})
+        threads = "launch.threads_per_rank=1"
+        record_inference(sweep, threads, seconds=[1.2] * 3, machine=machine)
+        record_inference(sweep, "parallel.tp=2", "parallel.pp=2", threads, seconds=[0.4] * 3, machine=machine)
+        record_inference(sweep, "parallel.tp=2", threads, "generate.batch_size=4", machine=machine)
+        record_inference(sweep, "parallel.tp=2", "launch.threads_per_rank=2", machine=machine)
+        record_inference(sweep, threads, "generate.request_rate=5", machine=machine)
+        rows = report.write_report(sweep)
+        by_layout = {(row["tp"], row["pp"]): row for row in rows if row["speedup"] is not None}
+        assert set(by_layout) == {(1, 1), (2, 2)}
+        names_ = ("speedup", "efficiency", "prefill_speedup", "decode_speedup", "time_to_first_token_speedup",
+                  "inter_token_speedup")  # fmt: skip
+        assert [by_layout[1, 1][name] for name in names_] == pytest.approx([1] * 6)
+        assert [by_layout[2, 2][name] for name in names_] == pytest.approx([3, 0.75, 3, 3, 3, 3])
+        frame = pandas.read_csv(sweep.path / "results.csv")
+        assert sorted(frame["speedup"].dropna()) == pytest.approx([1, 3])
+        text = (sweep.path / "results.md").read_text()
+        table = text[text.index("## Speed-up over one rank") :]
+        assert "| 4 | 2 | 2 | 1 | 8 | 2 | 2,500 | 3.00 | 75.0 | 3.00 | 3.00 | 3.00 | 3.00 |" in table
+        assert "2 of 5 points have no speed-up" in text
+        assert "Speed-up over one rank" in terminal(rows)
+
+    def test_oversubscribed_speedups_are_marked_and_stale_rows_have_none(self, tmp_path: Path) -> None:
+        sweep = SweepDirectory(tmp_path, "grid")
+        sweep.prepare({"environment": environment(MACHINE)})
+        passes = ("task=forward", "launch.threads_per_rank=1")
+        record_inference(sweep, *passes, seconds=[9, 9, 0.8])
+        record_inference(sweep, *passes, "parallel.tp=2", "parallel.pp=2", seconds=[9, 9, 0.4])
+        rows = report.write_report(sweep)
+        assert [(row["world_size"], row["speedup"]) for row in report.speedups(rows)] == [(1, 1), (4, pytest.approx(2))]
+        assert "| 2.00 | 50.0 | yes |" in (sweep.path / "results.md").read_text()
+        assert "Shared cores: oversubscribed" in terminal(rows)
+        sweep.prepare({"environment": environment(MACHINE) | {"code": "another"}})
+        assert report.speedups(report.write_report(sweep)) == []
+
+    def test_training_has_no_speedup(self, sweep: SweepDirectory) -> None:
+        record_attempt(sweep, "parallel.tp=1", step_seconds=[1, 1, 0.3])
+        rows = report.write_report(sweep)
+        assert all(row["speedup"] is None for row in rows)
+        assert "speed-up" not in terminal(rows).lower()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from harness.run.engines.deepspeed.transfers import tags
-from harness.spans.span import RECEIVE_OF_SEND
+from harness.run.engines.deepspeed.transfers import TRAINED, tags
 from harness.spec.placement import Placement
 
 
@@ -22,7 +21,7 @@ def test_lanes_between_two_stages_differ_in_their_tag(p: int, v: int, is_v: bool
         return {placement.stage_of(boundary), placement.stage_of(boundary + 1)}
 
     crossed = [boundary for boundary in range(p * v - 1) if len(stages(boundary)) == 2]
-    assert {(lane.kind, lane.boundary) for lane in found} == {(kind, b) for kind in RECEIVE_OF_SEND for b in crossed}
+    assert {(lane.kind, lane.boundary) for lane in found} == {(kind, b) for kind in TRAINED for b in crossed}
     for one, other in combinations(found, 2):
         assert stages(one.boundary) != stages(other.boundary) or found[one] != found[other]
     if p > 2:  # of two, all boundaries are between the same

@@ -29,7 +29,10 @@ GPT2 = {
 }
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300}
 
-LATER = {"causal": True, "sliding_window": None, "rope_scaling": None, "type_vocab_size": 0, "weights": None}
+LATER = {
+    "causal": True, "sliding_window": None, "rope_scaling": None, "type_vocab_size": 0, "weights": None,
+    "part": "model",
+}  # fmt: skip
 
 
 def write(folder: Path, settings: Any) -> str:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from harness.errors import ConfigError
 from harness.machine import Machine
 from harness.spec.checks import check
-from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig, Train
+from harness.spec.config import EmulatedModel, Generate, Model, Parallel, RunConfig, Train
+from harness.spec.kv_cache import num_groups
 from harness.spec.resolve import load_config
 from harness.spec.twin import reductions, twin_of
 
@@ -29,6 +30,7 @@ FIELDS = {
         "max_position_embeddings": KEPT, "tie_word_embeddings": KEPT, "norm_epsilon": KEPT, "rope_theta": KEPT,
         "initializer_range": KEPT, "dropout": OFF, "compile": KEPT, "onednn": KEPT,
         "causal": KEPT, "sliding_window": SIZE, "rope_scaling": KEPT, "type_vocab_size": KEPT, "weights": OFF,
+        "part": KEPT,
     },
     "parallel": {
         "tp": KEPT, "pp": KEPT, "dp": KEPT, "schedule": KEPT, "partition": SIZE, "zero_stage": KEPT,
@@ -43,8 +45,15 @@ FIELDS = {
         "checkpoint_interval": KEPT, "keep_checkpoints": KEPT, "resume": KEPT, "eval_interval": KEPT,
         "eval_samples": KEPT, "objective": KEPT,
     },
+    "generate": {
+        "prompt": OFF, "prompts_file": OFF, "output": OFF, "max_new_tokens": SIZE, "temperature": KEPT, "top_k": SIZE,
+        "top_p": KEPT, "repetition_penalty": KEPT, "stop_tokens": OFF, "stop_strings": OFF, "ignore_stop": OFF,
+        "seed": KEPT, "batch_size": SIZE, "prompt_length": SIZE, "num_groups": KEPT, "num_requests": SIZE,
+        "prefill_chunk": SIZE, "prefill_batch_size": SIZE, "block_size": SIZE, "request_rate": OFF,
+        "quantization": OFF, "repeats": KEPT, "perplexity_samples": KEPT,
+    },
 }  # fmt: skip
-SECTIONS = {"model": Model, "parallel": Parallel, "train": Train}
+SECTIONS = {"model": Model, "parallel": Parallel, "train": Train, "generate": Generate}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -134,6 +143,74 @@ def test_only_sizes_shrink_and_keep_their_kind(config: RunConfig) -> None:
     assert changed <= {f"{section}.{field}" for section, fields in FIELDS.items() for field in fields}
     check_model(config, twin)
     check_batch(config, twin)
+
+
+small = st.integers(1, 30)
+any_generation = st.builds(
+    Generate,
+    batch_size=small,
+    num_groups=st.none() | small,
+    prefill_chunk=st.none() | small,
+    prefill_batch_size=st.none() | small,
+    prompt_length=st.integers(1, 99),
+    max_new_tokens=st.integers(1, 99),
+    num_requests=st.none() | small,
+    block_size=small,
+    top_k=st.integers(0, 300),
+    temperature=st.sampled_from([0.0, 0.7]),
+    request_rate=st.sampled_from([None, 2.0]),
+    quantization=st.sampled_from(["none", "int8"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_generation, st.sampled_from([1, 2, 4]), st.sampled_from([100, 4096]), st.sampled_from([None, 40, 5000]))
+def test_a_small_generation_goes_round_as_the_large_one(
+    generate: Generate, pp: int, num_positions: int, window: int | None
+) -> None:
+    layout = {"parallel": LLAMA.parallel.model_copy(update={"pp": pp}), "generate": generate, "task": "generate"}
+    shape = {"max_position_embeddings": num_positions, "family": "mistral", "sliding_window": window}
+    config = LLAMA.model_copy(update={"model": LLAMA.model.model_copy(update=shape), **layout})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"sequence_length": 100})})
+    try:
+        check(config, GPUS)
+    except ConfigError:
+        assume(False)
+    twin = twin_of(config)
+    check(twin, GPUS)
+    small, full = twin.generate, config.generate
+    for field, fate in FIELDS["generate"].items():
+        assert fate != KEPT or getattr(small, field) == getattr(full, field), field
+    for field in ("batch_size", "prompt_length", "max_new_tokens", "block_size", "top_k"):
+        assert getattr(small, field) <= getattr(full, field), field
+    assert small.num_requests is not None
+    assert small.num_requests > small.batch_size, "some enter later"
+    groups = num_groups(config, full.batch_size)
+    assert num_groups(twin, small.batch_size) == groups
+    rows, own_rows = full.batch_size / groups, small.batch_size / groups
+    assert own_rows <= 4
+    assert (own_rows > 1, own_rows.is_integer()) == (rows > 1, rows.is_integer())
+
+    def kinds(settings: Generate) -> list[bool]:
+        chunk, at_once = settings.prefill_chunk, settings.prefill_batch_size
+        return [
+            chunk is not None and chunk < settings.prompt_length,
+            at_once is not None and at_once < settings.batch_size // groups,
+            settings.top_k > 0,
+        ]
+
+    assert kinds(small) == kinds(full)
+    seen = twin.model.sliding_window
+    assert seen == (6 if window == 40 else window)
+    off = {key for key, (_, after) in reductions(config, twin).items() if after == "none"}
+    assert off == ({"generate.quantization"} if full.quantization == "int8" else set())
+
+
+def test_prompts_that_are_given_make_the_same_twin() -> None:
+    changes = {"task": "generate", "generate": Generate(prompt="once upon a time", stop_strings=["."], stop_tokens=[3])}
+    assert twin_of(LLAMA.model_copy(update=changes)) == twin_of(
+        LLAMA.model_copy(update={"task": "generate", "generate": Generate()})
+    )
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_a_key_that_says_nothing_of_a_computation_stays_out_of_the_identity() ->
 
 def test_a_key_that_conf_lists_is_set_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that commands hold what the user wrote; one that only some files list is opened."""
-    later = dict.fromkeys(("parallel.schedule", "model.jitter", "stack.fused", "results_dir", "task"))
+    later = dict.fromkeys(("parallel.schedule", "model.jitter", "stack.fused", "results_dir", "later"))
     monkeypatch.setattr("harness.launch.compose.later_keys", lambda: later)
     assert [override[:2] == "++" for override in open_keys([f"{key}=1" for key in later])] == [
         False, True, True, False, True,

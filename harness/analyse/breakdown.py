@@ -88,7 +88,8 @@ def read_run(attempt: Attempt, config: RunConfig) -> RunSpans:
                 end = f"in or after step {file.spans[-1].step}" if file.spans else "before the first step"
                 losses.append(f"the spans of rank {rank} are cut off {end}")
         files.append(file)
-    timed = [int(line["step"]) for line in read_jsonl(attempt.metrics_file)][config.train.warmup_steps :]
+    warmup_steps = 0 if config.task == "generate" else config.train.warmup_steps
+    timed = [int(line["step"]) for line in read_jsonl(attempt.metrics_file)][warmup_steps:]
     # The span of a step is written after all others of it.
     whole = set(timed).intersection(*(file.step_seconds() for file in files))
     return RunSpans(config, files, sorted(whole), losses)

@@ -44,7 +44,7 @@ class BubbleExplanation:
     causes_seconds: dict[str, float]
     """From ideal to host: mean idle seconds of a stage; the sum is the measured bubble."""
     total_seconds: float
-    """T: from the first forward's start to the last backward's end."""
+    """T: from the first forward's start to the last backward's end, or forward's where there is none."""
 
     @property
     def causes_percent(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ def explain(stages: Sequence[Sequence[Span]], schedule: Schedule, has_load: bool
     def bubble_of(seconds: Mapping[str, Table]) -> Bubble:
         shape = next(iter(there.values())).shape
         whole = {kind: np.broadcast_to(table, shape).tolist() for kind, table in seconds.items()}
-        return _bubble(simulate(schedule, whole))
+        return _bubble(simulate(schedule, whole), schedule)
 
     bubbles = {
         "ideal": bubble_of(equal),
@@ -81,7 +81,7 @@ def explain(stages: Sequence[Sequence[Span]], schedule: Schedule, has_load: bool
         "transfer": bubble_of(of_chunks | links),
         **({"load": bubble_of(loaded | links)} if has_load else {}),
         "jitter": bubble_of(single),
-        "host": _bubble(stages),
+        "host": _bubble(stages, schedule),
     }
     before = [0.0, *(bubble.seconds for bubble in bubbles.values())]
     causes = {cause: bubble.seconds - less for (cause, bubble), less in zip(bubbles.items(), before, strict=False)}
@@ -149,5 +149,6 @@ def _filled(table: Table) -> Table:
     return np.where(known, table, means)
 
 
-def _bubble(stages: Sequence[Sequence[Span]]) -> Bubble:
-    return measured_bubble([[activity(spans)] for spans in stages])
+def _bubble(stages: Sequence[Sequence[Span]], schedule: Schedule) -> Bubble:
+    learns = schedule.computes != {"forward"}
+    return measured_bubble([[activity(spans, learns)] for spans in stages])

@@ -186,32 +186,56 @@ def _wait_for_pictures(child: Child) -> str | None:
 
 
 def write_pictures(attempt: Attempt) -> list[str]:
-    """Write accounting.png and timeline.png, and trace.json if `tracking.trace_steps` asks for it.
+    """Write accounting.png (of training) and timeline.png, and trace.json if `tracking.trace_steps` asks for it.
 
     Returns:
         What is missing, in sentences.
     """
-    from harness.analyse.breakdown import breakdown, read_run
-    from harness.record.plots import accounting_picture, timeline_picture
+    from harness.analyse.breakdown import read_run
+    from harness.analyse.rings import ring_orders, without_hearing
     from harness.spans.perfetto import chrome_trace
 
     config = attempt.config()
     run = read_run(attempt, config)
-    losses = list(run.losses)
+    losses, is_training = list(run.losses), config.task == "train"
     if run.timed_steps:
-        title = f"{config.model.name}  {config.slug}  {config.parallel.schedule}  m={config.num_micro_batches}"
-        accounting_picture(breakdown(run)["accounting"], attempt.path / "accounting.png", title)
-        step = _typical_step(run)
-        shown = {rank: file.instructions(step) for rank, file in enumerate(run.files) if file.header["dp"] == 0}
-        timeline_picture(shown, attempt.path / "timeline.png", f"{title}  step {step}")
+        (_draw_training if is_training else _draw_inference)(attempt, run)
     there = set[int]().union(*({span.step for span in file.spans} for file in run.files))
     steps = there.intersection(config.tracking.trace_steps)
     losses += [f"step {step} left no spans" for step in sorted(set(config.tracking.trace_steps) - there)]
     if steps:
-        there_are = [file for file in run.files if file.header]
-        trace = chrome_trace(there_are, run.topology.pipelines(), run.schedule.stages, steps)
-        write_json(attempt.path / "trace.json", trace)
+        there_are = [file if is_training else without_hearing(file) for file in run.files if file.header]
+        orders = run.schedule.stages if is_training else ring_orders(run.lines()[0])
+        write_json(attempt.path / "trace.json", chrome_trace(there_are, run.topology.pipelines(), orders, steps))
     return losses
+
+
+def _draw_training(attempt: Attempt, run: RunSpans) -> None:
+    from harness.analyse.breakdown import breakdown
+    from harness.record.plots import accounting_picture, timeline_picture
+
+    config, step = run.config, _typical_step(run)
+    title = f"{config.model.name}  {config.slug}  {config.parallel.schedule}  m={config.num_micro_batches}"
+    accounting_picture(breakdown(run)["accounting"], attempt.path / "accounting.png", title)
+    shown = {rank: file.instructions(step) for rank, file in enumerate(run.files) if file.header["dp"] == 0}
+    timeline_picture({"": shown}, attempt.path / "timeline.png", f"{title}  step {step}")
+
+
+def _draw_inference(attempt: Attempt, run: RunSpans) -> None:
+    from harness.analyse.rings import first_passes
+    from harness.record.columns import layout_columns
+    from harness.record.plots import timeline_picture
+
+    config, step = run.config, _typical_step(run)
+    title = f"{config.model.name}  tp{config.parallel.tp} pp{config.parallel.pp}  "
+    if config.task == "generate":
+        title += (
+            f"batch {config.generate.batch_size}  groups {layout_columns(config)['num_groups']}  measurement {step}"
+        )
+    else:
+        title += f"m={config.num_micro_batches}  step {step}"
+    if panels := first_passes(run.files, step):
+        timeline_picture(panels, attempt.path / "timeline.png", title)
 
 
 def _typical_step(run: RunSpans) -> int:

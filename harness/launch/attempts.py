@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from harness.launch.backends import backend_of
 from harness.launch.backends.base import Backend, Processes
@@ -37,8 +38,8 @@ def run_attempt(
     attempt: Attempt,
     config: RunConfig,
     machine: Machine,
-    echo: bool,
-    task: str = "train",
+    echo: bool | Echo,
+    task: str | None = None,
     received: Sequence[int] | None = None,
 ) -> Outcome:
     """Start the ranks of a prepared attempt, follow them to the end, and write its status.
@@ -49,14 +50,14 @@ def run_attempt(
     Args:
         attempt: with its config.yaml; log.txt gets everything the processes print.
         machine: its `visible_devices` are those to use; on CPU, the cores, all when there are none.
-        echo: print what ranks print, too.
-        task: what the worker does, one of its TASKS.
+        echo: print what ranks print, too; or something else of what they leave, as they go.
+        task: what the worker does, one of its TASKS; None: that of the configuration.
         received: stop signals, where the caller collects them.
 
     Raises:
         ConfigError: there is no backend of the name in `launch.backend`.
     """
-    backend = backend_of(config)
+    backend, task = backend_of(config), task or config.task
     with contextlib.nullcontext(received) if received is not None else stop_signals() as signals:
         for earlier in attempt.point.attempts():
             if "environment" in (status := earlier.status()) and status["status"] in ("interrupted", "ok"):
@@ -68,6 +69,13 @@ def run_attempt(
             outcome = _run_once(backend, attempt, config, machine, echo, signals, task)
     record(attempt, outcome)
     return outcome
+
+
+class Echo(Protocol):
+    """Shows what the ranks of an attempt leave."""
+
+    def print_new(self) -> None:
+        """Print what has come since the last call."""
 
 
 @contextlib.contextmanager
@@ -91,13 +99,13 @@ def _run_once(
     attempt: Attempt,
     config: RunConfig,
     machine: Machine,
-    echo: bool,
+    echo: bool | Echo,
     received: Sequence[int],
     task: str,
 ) -> Outcome:
     shutil.rmtree(attempt.path / HEARTBEATS, ignore_errors=True)
     attempt.log_file.touch()
-    tail = _Tail(attempt.log_file) if echo else None
+    tail = echo or None if not isinstance(echo, bool) else _Tail(attempt.log_file) if echo else None
     try:
         with backend.start(attempt, config, machine, task, received) as processes:
             watch = _Watch(attempt, config.parallel.world_size)
@@ -118,7 +126,7 @@ def _follow(
     processes: Processes,
     config: RunConfig,
     received: Sequence[int],
-    tail: _Tail | None,
+    tail: Echo | None,
     watch: _Watch,
 ) -> Outcome | None:
     """Wait for the end; the outcome where it is not the ranks' own doing."""

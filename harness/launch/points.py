@@ -21,6 +21,7 @@ from harness.machine import Machine
 from harness.record.store import Attempt, Point, SweepDirectory, is_stale, write_atomically
 from harness.secrets import PLACES, TypedOut
 from harness.spec.config import REPOSITORY, Data, RunConfig
+from harness.spec.generation import num_perplexity_samples
 from harness.spec.identity import identity
 from harness.spec.layer_seconds import MEASURED, NotMeasured
 from harness.spec.resolve import MEASURABLE, load_config
@@ -124,7 +125,7 @@ def check_points(batch: Sequence[Sequence[str]], composer: Composer, machine: Ma
         try:
             raw = composer.compose(overrides)
             config = check_configuration(raw, machine)
-            identity = data_identity(config, prepare_once)
+            identity = unattended_identity(config, prepare_once)
         except TypedOut:
             raise  # before the sweep leaves a trace
         except ConfigError as error:
@@ -132,6 +133,20 @@ def check_points(batch: Sequence[Sequence[str]], composer: Composer, machine: Ma
         return Candidate(overrides, raw, config, identity)
 
     return [check(tuple(overrides)) for overrides in batch]
+
+
+def unattended_identity(config: RunConfig, prepare: Callable[[Data, int, int, str], Corpus] | None = None) -> str:
+    """As `data_identity`, of a run that gives nobody its text.
+
+    Raises:
+        ConfigError: likewise, and where a file is to be written.
+    """
+    if config.task == "generate" and config.generate.output is not None:
+        raise ConfigError(
+            f"generate.output={config.generate.output!r} is written by launchers/generate.py alone; start that, or "
+            "leave it out: the folder of each run has a generated.jsonl"
+        )
+    return data_identity(config, prepare)
 
 
 def data_identity(config: RunConfig, prepare: Callable[[Data, int, int, str], Corpus] | None = None) -> str:
@@ -143,16 +158,41 @@ def data_identity(config: RunConfig, prepare: Callable[[Data, int, int, str], Co
     Raises:
         ConfigError: the data can't be used.
     """
+    if config.task == "forward":
+        return identity(config, "random tokens")
     from harness.corpus import prepare_corpus  # numpy
+
+    if config.task == "generate":
+        from harness.prompts import prompts_fingerprint
+
+        fingerprint = prompts_fingerprint(config)
+        if num_perplexity_samples(config):
+            fingerprint += f" {_held_out_fingerprint(config, prepare or prepare_corpus)}"
+        return identity(config, fingerprint)
 
     length, objective = config.train.sequence_length, config.train.objective
     corpus = (prepare or prepare_corpus)(config.data, config.model.vocab_size, length, objective)
     if config.train.eval_interval and corpus.path is not None:
-        _check_held_out(config, corpus)
+        _check_held_out(config, corpus, "train.eval_interval=0")
     return identity(config, corpus.fingerprint)
 
 
-def _check_held_out(config: RunConfig, corpus: Corpus) -> None:
+def _held_out_fingerprint(config: RunConfig, prepare: Callable[[Data, int, int, str], Corpus]) -> str:
+    """Of the text that a generation's perplexity is measured on."""
+    from harness.prompts import held_out_config
+
+    held_out, without = held_out_config(config), "generate.perplexity_samples=0"
+    length, objective = held_out.train.sequence_length, held_out.train.objective
+    try:
+        corpus = prepare(held_out.data, config.model.vocab_size, length, objective)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or measure no perplexity, with {without}") from None
+    if corpus.path is not None:
+        _check_held_out(held_out, corpus, without)
+    return corpus.fingerprint
+
+
+def _check_held_out(config: RunConfig, corpus: Corpus, without: str) -> None:
     length = config.train.sequence_length
     if config.data.documents != "cut":
         from harness.documents import held_out_documents
@@ -160,12 +200,12 @@ def _check_held_out(config: RunConfig, corpus: Corpus) -> None:
         if held_out_documents(corpus, config.train.objective) == 0:
             raise ConfigError(
                 f"the text has one document only, of which data.documents={config.data.documents} can hold out none; "
-                "give more, or train.eval_interval=0"
+                f"give more, or {without}"
             )
     elif not corpus.ranges(length)[1]:
         raise ConfigError(
             f"the text has {corpus.num_tokens} tokens, too few to hold out one of two samples of "
-            f"train.sequence_length={length}; give a longer text, or train.eval_interval=0"
+            f"train.sequence_length={length}; give a longer text, or {without}"
         )
 
 
@@ -237,7 +277,7 @@ def open_runs(
     for candidate in candidates:
         overrides, config = own_overrides(candidate.overrides), candidate.config
         if config is None:
-            command = shlex.join(["python", "launchers/train.py", *overrides])
+            command = shlex.join(["python", _launcher(candidate.raw), *overrides])
             sweep.record_invalid(overrides, candidate.raw, candidate.reason, command)
         elif candidate.identity not in runs:
             sweep.forget_invalid(overrides)
@@ -278,7 +318,15 @@ def _never_started(attempt: Attempt) -> bool:
 def repeat_command(overrides: Sequence[str], config: RunConfig) -> str:
     """The command, from the repository root, that runs a point again; on this host with the user's `deepspeed`."""
     own = [_from_root(_in_numbers(override, config)) for override in own_overrides(overrides)]
+    if config.task != "train":
+        return shlex.join(["python", "launchers/generate.py", *own])
     return shlex.join([*backend_of(config).prefix(config), "launchers/train.py", *own])
+
+
+def _launcher(raw: Mapping[str, Any] | None) -> str:
+    """Of a point that was refused, as far as it could be composed."""
+    is_training = raw is None or raw.get("task", "train") == "train"
+    return "launchers/train.py" if is_training else "launchers/generate.py"
 
 
 def own_overrides(overrides: Sequence[str]) -> list[str]:
@@ -300,6 +348,7 @@ def _from_root(override: str) -> str:
     key, _, value = override.partition("=")
     path = Path(value)
     is_place = key in PLACES or (key == "parallel.schedule" and path.suffix.lower() == ".csv")
-    if is_place and Path.cwd() != REPOSITORY and not path.is_absolute() and path.exists():
+    is_there = path.exists() or (key == "generate.output" and path.parent.is_dir())
+    if is_place and Path.cwd() != REPOSITORY and not path.is_absolute() and is_there:
         return f"{key}={path.resolve()}"
     return override

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.png is not None:
             every = enumerate(of_equal_passes(schedule))
             spans = {stage: [span for span in spans if span.micro_batch >= 0] for stage, spans in every}
-            timeline_picture(spans, options.png, f"{describe(config, schedule)}; a forward pass takes 1 ms")
+            timeline_picture({"": spans}, options.png, f"{describe(config, schedule)}; a forward pass takes 1 ms")
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -57,7 +57,7 @@ def compose_command_line(argv: Sequence[str]) -> dict[str, Any] | None:
         ConfigError: as `compose`, and for a multirun.
     """
     if any(argument == "-m" or argument.startswith("--m") for argument in argv):
-        raise ConfigError("launchers/train.py runs one layout; use launchers/sweep.py for several")
+        raise ConfigError("this launcher runs one layout; use launchers/sweep.py for several")
     if not any(argument.startswith("-") for argument in argv):
         return compose(argv)
     composed: list[DictConfig] = []

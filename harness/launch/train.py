@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.analyse.finish import finish_now, follow
 from harness.errors import ConfigError
 from harness.launch import attempts
-from harness.launch.points import check_configuration, data_identity, new_attempt
+from harness.launch.points import check_configuration, new_attempt, unattended_identity
 from harness.launch.single import compose_command_line, run_single
 from harness.machine import Machine, detect_machine
 from harness.record.diagnose import exit_status
@@ -23,7 +23,7 @@ RUNS = "runs"
 
 def main(argv: Sequence[str]) -> int:
     """Run one layout through `deepspeed`; the exit status."""
-    return run_single(argv, RUNS, train)
+    return run_single(argv, RUNS, train, unattended_identity)
 
 
 def train(attempt: Attempt, config: RunConfig, machine: Machine) -> int:
@@ -64,7 +64,7 @@ def prepare(argv: Sequence[str], world_size: int) -> Path:
             f"parallel.tp={parallel.tp} x pp={parallel.pp} x dp={parallel.dp} needs {parallel.world_size} ranks, but "
             f"deepspeed started {world_size}; use --num_gpus {parallel.world_size}{other}"
         )
-    attempt = new_attempt(config, SweepDirectory(config.results_dir, RUNS), data_identity(config), overrides)
+    attempt = new_attempt(config, SweepDirectory(config.results_dir, RUNS), unattended_identity(config), overrides)
     attempt.write_status("running", environment=environment(machine))
     return attempt.path
 

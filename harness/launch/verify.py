@@ -1,7 +1,8 @@
-"""launchers/verify.py: does a layout compute the same training as one rank?"""
+"""launchers/verify.py: does a layout compute what one rank does, in training, generation or forward passes?"""
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from harness.launch.single import run_single
 from harness.machine import Machine
 from harness.record.diagnose import exit_status
 from harness.record.store import Attempt, Point, SweepDirectory, write_atomically, write_json
-from harness.spec.config import RunConfig
+from harness.spec.config import Generate, RunConfig
 from harness.spec.identity import identity
 from harness.spec.twin import twin_of
 
@@ -66,11 +67,16 @@ def verify_layouts(
 
 
 def _layout_key(config: RunConfig) -> str:
-    """Names the computation of a layout's twin: what only says how long, on what or from where it trains, left out."""
+    """Names the computation of a layout's twin: what only says how long, on what or from where it runs, left out."""
     twin = twin_of(config)
+    generate = Generate()
+    if config.task == "generate":
+        changes = {"seed": 0, "repeats": 1, "prompt_length": 1, "max_new_tokens": 1, "perplexity_samples": 0}
+        generate = twin.generate.model_copy(update=changes)
     alike = {"seed": 0, "steps": 1, "warmup_steps": 0, "eval_interval": 0, "eval_samples": 1, "resume": None,
              "checkpoint_interval": 0}  # fmt: skip
-    return identity(twin.model_copy(update={"train": twin.train.model_copy(update=alike)}), "no data")
+    train = twin.train.model_copy(update=alike)
+    return identity(twin.model_copy(update={"train": train, "generate": generate}), "no data")
 
 
 def _checked(point: Point, run: Run, machine: Machine, now: Mapping[str, Any]) -> Attempt:
@@ -79,7 +85,7 @@ def _checked(point: Point, run: Run, machine: Machine, now: Mapping[str, Any]) -
         return checked[-1]
     attempt = point.new_attempt()
     attempt.write_config(run.config)
-    _, _, arguments = run.attempt.command().partition("launchers/train.py")
+    *_, arguments = re.split(r"launchers/\w+\.py", run.attempt.command(), maxsplit=1)
     write_atomically(attempt.command_file, f"python launchers/verify.py{arguments}\n")
     attempts.run_attempt(attempt, run.config, machine, echo=False, task="verify")
     return attempt

@@ -50,17 +50,30 @@ class RotaryPositions(nn.Module):
         # [-second half, first half] is the roll; its sign is in sin.
         return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, dims=-1), sin)
 
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn both; together where passes are of few tokens, as calls take longer than what they do."""
+        if self.context.cache is None:
+            return self(query), self(key)
+        turned: Tensor = self(torch.cat((query, key), dim=1))
+        heads = query.shape[1]
+        return turned[:, :heads], turned[:, heads:]
+
     def _cos_and_sin(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of cached tables with the length, type and device of `like`: [sequence, head_dim] or [batch, 1, ...]."""
-        length, cached = like.shape[-2], self._table[0]
+        cache, cached = self.context.cache, self._table[0]
+        length = like.shape[-2] if cache is None else cache.num_positions
         if cached.shape[0] < length or cached.dtype != like.dtype or cached.device != like.device:
             with torch.inference_mode(False):  # the table may serve training later
                 self._table = self._build_table(length, like)
         cos, sin = self._table
         positions = self.context.positions(like.device)
         if positions is None:
-            return cos[:length], sin[:length]
-        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+            return cos[: like.shape[-2]], sin[: like.shape[-2]]
+        turned = positions
+        rows: tuple[Tensor, Tensor] = (self.context if cache is None else cache).shared(
+            ("rotary", like.dtype, like.device), lambda: (cos[turned].unsqueeze(1), sin[turned].unsqueeze(1))
+        )
+        return rows
 
     def _build_table(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=like.device)
@@ -99,7 +112,7 @@ class ParallelAttention(nn.Module):
 
     def __init__(self, model: Model, tp: TensorParallel, name: str, context: PassContext) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.name = tp, name
         self.head_dim = model.head_dim
         self.grouped = model.num_key_value_heads < model.num_attention_heads
         architecture, sizes = model.architecture, [size for _, size in qkv_parts(model)]
@@ -123,8 +136,13 @@ class ParallelAttention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
-        mask = self.context.mask(query, self.causal, self.window)
+            query, key = self.rotary.turn(query, key)
+        mask: Tensor | None = None
+        if self.context.cache is not None:
+            key, value, mask = self.context.cache.extend(self.name, key, value)
+        is_square = key.shape[-2] == query.shape[-2]
+        if mask is None and is_square:
+            mask = self.context.mask(query, self.causal, self.window)
         grouped = self.grouped
         if grouped and not shares_heads(query, mask):
             key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value))
@@ -135,7 +153,7 @@ class ParallelAttention(nn.Module):
             F.scaled_dot_product_attention,
             attn_mask=mask,
             dropout_p=self.dropout.current_rate,
-            is_causal=self.causal and mask is None,
+            is_causal=self.causal and mask is None and is_square,
             enable_gqa=grouped,
         )
         attended = self.dropout.drawing(attend, query, key, value)

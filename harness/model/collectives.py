@@ -88,7 +88,9 @@ def reduce_from_tensor_parallel(tensor: Tensor, group: Group | None) -> Tensor:
 
     Overwrites `tensor`, which must be the fresh result of a matrix product or a look-up.
     """
-    return tensor if group is None else apply(_Reduce, tensor, group)
+    if group is not None and torch.is_grad_enabled():
+        return apply(_Reduce, tensor, group)
+    return tensor if group is None else all_reduce(tensor, group).tensor
 
 
 def gather_last_dim(tensor: Tensor, group: Group | None) -> Tensor:

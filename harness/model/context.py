@@ -10,10 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from harness.model.cache import KeyValueCache
+
+T = TypeVar("T")
 Documents = Callable[[int, int, int], Tensor]
 """(step, micro-batch, data-parallel rank) -> [batch, sequence]: which document of its row a position belongs to,
 counted from 0; what is behind the last one has a number of its own."""
@@ -40,7 +44,9 @@ class PassContext:
         """None: a row is one sequence."""
         self.shares: Shares | None = None
         """None: there is no padding."""
-        self._made: tuple[object, dict[object, Tensor]] = None, {}
+        self.cache: KeyValueCache | None = None
+        """Of sequences that get token after token; None: a pass sees all that there is."""
+        self._made: tuple[object, dict[object, Any]] = None, {}
         """What the layers of one pass share, and of which."""
 
     @property
@@ -67,9 +73,11 @@ class PassContext:
 
     def positions(self, device: torch.device) -> Tensor | None:
         """Of every token in its document, [batch, sequence]; None: 0, 1, ... in each row."""
+        if self.cache is not None:
+            return self.cache.positions()
         if self.documents is None:
             return None
-        positions: Tensor = self._shared("positions", lambda: positions_in(self._documents(device)))
+        positions: Tensor = self.shared("positions", lambda: positions_in(self._documents(device)))
         return positions
 
     def mask(self, query: Tensor, causal: bool, window: int | None) -> Tensor | None:
@@ -87,7 +95,7 @@ class PassContext:
         if self.documents is None and window is None:
             return None
         what = "mask", length, causal, window, device, dtype
-        mask: Tensor = self._shared(what, lambda: self._make_mask(length, causal, window, device, dtype))
+        mask: Tensor = self.shared(what, lambda: self._make_mask(length, causal, window, device, dtype))
         return mask
 
     def _make_mask(
@@ -109,16 +117,21 @@ class PassContext:
         return self.documents(*self.forward_pass, self.dp_rank).to(device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _shared(self, what: object, make: Callable[[], Tensor]) -> Tensor:
+    def shared(self, what: object, make: Callable[[], T]) -> T:
         """Made once for all layers of a pass; of all passes, where rows are whole sequences."""
-        current = None if self.documents is None else (self.documents, self.forward_pass, self.dp_rank)
+        current: object = None
+        if self.cache is not None:
+            current = self.cache.num_passes
+        elif self.documents is not None:
+            current = self.documents, self.forward_pass, self.dp_rank
         if self._made[0] != current:
             self._made = current, {}
         made = self._made[1]
         if what not in made:
             with torch.inference_mode(False):  # it may serve training later
                 made[what] = make()
-        return made[what]
+        found: T = made[what]
+        return found
 
 
 def positions_in(documents: Tensor) -> Tensor:

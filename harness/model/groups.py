@@ -132,9 +132,13 @@ def build_tensor_parallel(
     return TensorParallel(group, tp_rank, size, kv_group, kv_size, sequence_parallel, group.parts, later)
 
 
-def create_groups(members: list[list[int]], rank: int) -> ProcessGroup:
-    """Create every group of `members`, a collective call, and return the one `rank` belongs to."""
-    created = [dist.new_group(ranks) for ranks in members]
+def create_groups(members: list[list[int]], rank: int, backend: str | None = None) -> ProcessGroup:
+    """Create every group of `members`, a collective call, and return the one `rank` belongs to.
+
+    Args:
+        backend: None: that of the group of all ranks.
+    """
+    created = [dist.new_group(ranks, backend=backend) for ranks in members]
     (own,) = [group for group, ranks in zip(created, members, strict=True) if rank in ranks]
     assert isinstance(own, ProcessGroup)
     return own

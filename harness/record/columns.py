@@ -1,11 +1,13 @@
 """The one table of columns: what each means, where its value comes from, how repeats combine, how it is shown.
 
 results.csv, results.md, the table in the terminal, the one in results/README.md and the summary in wandb follow from
-it. A column's value is one of three things:
+it. A column's value is one of four things:
 
     layout     known before any run: a key of the configuration, or a function of it
-    measured   a function of what a run measured (`MeasuredRun`); each run writes these into its result.json
+    measured   a function of what a run measured (`MeasuredRun`, or of inference `MeasuredInference`: `inferred`); each
+               run writes these into its result.json
     attempt    a function of an attempt and what became of it (`Tried`)
+    compared   a function of a row and the row of one rank with the same settings, known when a sweep is reported
 
 `python -m harness.record.columns` prints the table of results/README.md.
 """
@@ -15,17 +17,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 
+from harness.record.inference import MeasuredInference
 from harness.record.sources import MeasuredRun, Tried, is_oversubscribed
 from harness.record.spread import detect_warmup, drift
 from harness.record.steps import perplexity
+from harness.spec.batching import Phase
 from harness.spec.config import RunConfig
 from harness.spec.counts import parameters
+from harness.spec.generation import gives_prompts
+from harness.spec.kv_cache import num_groups
+from harness.spec.ring import ideal_bubble_of
 from harness.spec.schedules import ideal_bubble_fraction_of, ideal_bubble_overhead_of, schedule_of
 
 # --- how repeats combine: functions of the values that a point's measurements have, oldest first
@@ -81,8 +88,8 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-LAYOUT, MODEL, STAGES, SETTING, MEASURED = range(5)
-"""Places in the ranked table, from the left."""
+LAYOUT, MODEL, STAGES, SETTING, MEASURED, COMPARED = range(6)
+"""Places in the ranked table, from the left; what is compared has a table of its own."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ NOT_SHOWN = Shown(("", ""))
 
 @dataclass(frozen=True)
 class Column:
-    """A column of results.csv. One of `layout`, `measured` and `attempt` gives its value; None there: not known."""
+    """A column of results.csv. Its value comes from `layout`, from `measured` or `inferred`, from `attempt`, or from
+    `compared`; None there: not known."""
 
     name: str
     unit: str
@@ -121,13 +129,19 @@ class Column:
     asked: type | None = None
     """A point that was refused before it started shows the key's value where it is of this type; None: never."""
     measured: Callable[[MeasuredRun], Any] | None = None
+    inferred: Callable[[MeasuredInference], Any] | None = None
+    """Measured where nothing is trained."""
+    tasks: tuple[str, ...] = ("train", "generate", "forward")
+    """Where `layout` means something."""
     early: bool = False
     """Measured from the first step on; others after warm-up."""
     attempt: Callable[[Tried], Any] | None = None
+    compared: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
+    """Of a row, and of that of one rank."""
     repeats: Callable[[Sequence[Any]], Any] = middle
     """The value of a point that was measured several times, from that of each."""
     of_all_steps: Callable[[Sequence[float]], Any] | None = None
-    """The same, from the seconds of all timed steps of all repeats together."""
+    """The same, from the seconds of all timed steps, or measurements, of all repeats together."""
     shown: Shown = NOT_SHOWN
 
 
@@ -138,6 +152,53 @@ def percentile(share: int) -> Callable[[Sequence[float]], float]:
 
 def _in_tera(flops: float | None) -> float | None:
     return flops and flops / 1e12
+
+
+TRAIN, GENERATE, PASSES, INFERENCE = ("train",), ("generate",), ("train", "forward"), ("generate", "forward")
+"""Tasks in which a column's layout means something."""
+PHASES: dict[Phase, str] = {"prefill": "prompts", "decode": "tokens after the first"}
+"""And what is computed in each."""
+T = TypeVar("T")
+
+
+def _of_passes(run: MeasuredInference, value: Callable[[], T]) -> T | None:
+    """Of forward passes alone."""
+    return value() if run.config.task == "forward" else None
+
+
+def _of_sequences(run: MeasuredInference, value: Callable[[], T]) -> T | None:
+    """Where tokens were generated."""
+    return value() if run.config.task == "generate" else None
+
+
+def _bubble_of(run: MeasuredInference, phase: str, kind: str) -> float | None:
+    return _of_sequences(run, lambda: run.bubble(phase, kind))
+
+
+def _overhead(fraction: float | None) -> float | None:
+    """Of a bubble over T, the same over busy time."""
+    return None if fraction is None else fraction / (1 - fraction)
+
+
+def _num_groups(config: RunConfig) -> int:
+    settings = config.generate
+    requests = 1 if settings.prompt is not None else settings.num_requests or settings.batch_size
+    return num_groups(config, min(settings.batch_size, requests))
+
+
+def _times(name: str, is_rate: bool = True) -> Callable[[Mapping[str, Any], Mapping[str, Any]], float | None]:
+    """How many times as fast a row is as the other, by a column that is a rate, or seconds."""
+
+    def ratio(row: Mapping[str, Any], one: Mapping[str, Any]) -> float | None:
+        over, under = (row[name], one[name]) if is_rate else (one[name], row[name])
+        return over / under if over and under else None
+
+    return ratio
+
+
+def _efficiency(row: Mapping[str, Any], one: Mapping[str, Any]) -> float | None:
+    speedup = _times("tokens_per_second")(row, one)
+    return speedup and speedup / row["world_size"]
 
 
 COLUMNS = (
@@ -178,6 +239,7 @@ COLUMNS = (
         "schedule",
         "",
         "order of forwards and backwards",
+        tasks=TRAIN,
         layout="parallel.schedule",
         asked=str,
         shown=Shown(("", "schedule"), place=STAGES, only_varying=True),
@@ -186,6 +248,7 @@ COLUMNS = (
         "micro_batch_size",
         "samples",
         "of one forward pass",
+        tasks=PASSES,
         layout="train.micro_batch_size",
         asked=int,
         shown=Shown(("micro", "batch"), place=LAYOUT),
@@ -194,6 +257,7 @@ COLUMNS = (
         "num_micro_batches",
         "",
         "m = global_batch_size / (micro_batch_size x dp), per step and pipeline",
+        tasks=PASSES,
         layout=lambda config: config.num_micro_batches,
         shown=Shown(("", "m"), place=LAYOUT),
     ),
@@ -201,6 +265,7 @@ COLUMNS = (
         "global_batch_size",
         "samples",
         "of a step over all ranks",
+        tasks=PASSES,
         layout="train.global_batch_size",
         asked=int,
         shown=Shown(("global", "batch"), place=SETTING, only_varying=True),
@@ -209,6 +274,7 @@ COLUMNS = (
         "sequence_length",
         "tokens",
         "of a sample",
+        tasks=PASSES,
         layout="train.sequence_length",
         asked=int,
         shown=Shown(("sequence", "length"), place=SETTING, only_varying=True),
@@ -225,6 +291,7 @@ COLUMNS = (
         "zero_stage",
         "",
         "as configured",
+        tasks=TRAIN,
         layout="parallel.zero_stage",
         asked=int,
         shown=Shown(("ZeRO", "stage"), place=SETTING, only_varying=True),
@@ -233,6 +300,7 @@ COLUMNS = (
         "activation_checkpointing",
         "",
         "as configured",
+        tasks=TRAIN,
         layout="train.activation_checkpointing",
         asked=str,
         shown=Shown(("check-", "pointing"), place=SETTING, only_varying=True),
@@ -240,10 +308,12 @@ COLUMNS = (
     Column(
         "step_seconds",
         "s",
-        "wall time of an optimizer step, which all ranks begin together, so that what is written down or saved between "
+        "wall time of an optimizer step (with `task=forward` of a forward pass of the global batch), which all ranks "
+        "begin together, so that what is written down or saved between "
         "two steps is in neither: per step the maximum over ranks, then the median of the steps after warm-up; of a "
         "point measured several times the median of these medians",
         measured=lambda run: run.step_seconds,
+        inferred=lambda run: _of_passes(run, lambda: median(run.seconds)),
         shown=Shown(("step", "ms"), scaled(1e3, digits=4)),
     ),
     Column(
@@ -251,6 +321,7 @@ COLUMNS = (
         "s",
         "10th percentile of the same steps, of all repeats together",
         measured=lambda run: percentile(10)(run.seconds),
+        inferred=lambda run: _of_passes(run, lambda: percentile(10)(run.seconds)),
         of_all_steps=percentile(10),
         shown=Shown(("p10-p90", "ms"), scaled(1e3), to="step_seconds_p90", dispensable=2),
     ),
@@ -259,14 +330,17 @@ COLUMNS = (
         "s",
         "90th percentile of the same steps, of all repeats together",
         measured=lambda run: percentile(90)(run.seconds),
+        inferred=lambda run: _of_passes(run, lambda: percentile(90)(run.seconds)),
         of_all_steps=percentile(90),
     ),
     Column(
         "tokens_per_second",
         "1/s",
-        "global_batch_size x sequence_length / step_seconds; of `padded` and `packed` documents the mean number of "
+        "global_batch_size x sequence_length / step_seconds, with `task=generate` tokens that were generated / "
+        "generation_seconds; of `padded` and `packed` documents the mean number of "
         "positions in a timed step that are no padding / step_seconds",
         measured=lambda run: run.tokens_per_second,
+        inferred=lambda run: run.tokens_per_second,
         repeats=middle_rate,
         shown=Shown(("tokens", "/s"), scaled(1, digits=4)),
     ),
@@ -275,6 +349,7 @@ COLUMNS = (
         "1/s",
         "tokens_per_second / world_size",
         measured=lambda run: run.tokens_per_second_per_device,
+        inferred=lambda run: run.tokens_per_second / run.config.parallel.world_size,
         repeats=middle_rate,
         shown=Shown(("tokens/s", "/device"), scaled(1, digits=4)),
     ),
@@ -309,6 +384,7 @@ COLUMNS = (
         "bubble_fraction_ideal",
         "",
         "idle share of a pipeline of p equal stages with free transfers; (p-1)/(m+p-1) with 1F1B (arXiv 2104.04473)",
+        tasks=PASSES,
         layout=ideal_bubble_fraction_of,
         shown=Shown(("bubble %", "ideal"), percent),
     ),
@@ -319,12 +395,14 @@ COLUMNS = (
         "over steps; moments of different hosts by clocks that are compared at the start and again after 1, 2, 4 ... "
         "and every 64 steps",
         measured=lambda run: run.bubble.fraction,
+        inferred=lambda run: _of_passes(run, lambda: run.bubble("prefill", "measured")),
         shown=Shown(("bubble %", "measured"), percent),
     ),
     Column(
         "bubble_overhead_ideal",
         "",
         "the same bubble as bubble_fraction_ideal, over busy time; (p-1)/m with 1F1B",
+        tasks=PASSES,
         layout=ideal_bubble_overhead_of,
     ),
     Column(
@@ -332,6 +410,7 @@ COLUMNS = (
         "",
         "the same bubble as bubble_fraction_measured, over busy time",
         measured=lambda run: run.bubble.overhead,
+        inferred=lambda run: _of_passes(run, lambda: _overhead(run.bubble("prefill", "measured"))),
     ),
     Column(
         "peak_memory_bytes",
@@ -339,6 +418,7 @@ COLUMNS = (
         "of the rank with most, over all steps; what building the model took before the first step is not in it, but "
         "where Linux does not let a process forget its peak (`/proc/self/clear_refs`)",
         measured=lambda run: largest([record.peak_memory_bytes for record in run.records]),
+        inferred=lambda run: largest([record.peak_memory_bytes for record in run.records]),
         early=True,
         shown=Shown(("memory", "MiB"), scaled(2**-20), dispensable=1),
     ),
@@ -363,6 +443,7 @@ COLUMNS = (
         "",
         "ranks x threads exceed the cores: the times compare with nothing but themselves",
         measured=lambda run: run.machine and is_oversubscribed(run.config, run.machine),
+        inferred=lambda run: run.machine and is_oversubscribed(run.config, run.machine),
         early=True,
     ),
     Column(
@@ -417,14 +498,17 @@ COLUMNS = (
     Column(
         "eval_loss",
         "",
-        "of the last evaluation; empty when there was none",
+        "on held-out text, as configured: of the last evaluation, or of a generation with "
+        "`generate.perplexity_samples`; empty when there was none",
         measured=lambda run: run.eval_loss,
+        inferred=lambda run: run.held_out and run.held_out.loss,
     ),
     Column(
         "eval_perplexity",
         "",
         "exp(eval_loss)",
         measured=lambda run: None if run.eval_loss is None else perplexity(run.eval_loss),
+        inferred=lambda run: run.held_out and perplexity(run.held_out.loss),
     ),
     Column(
         "repeats",
@@ -461,19 +545,21 @@ COLUMNS = (
         "error of the parity check's comparison that is nearest to its tolerance, or furthest above it",
         attempt=lambda tried: tried.parity.get("parity_max_error"),
     ),
-    Column("sequence_parallel", "", "as configured", layout="parallel.sequence_parallel"),
-    Column("dropout", "", "as configured", layout="model.dropout"),
+    Column("sequence_parallel", "", "as configured", tasks=TRAIN, layout="parallel.sequence_parallel"),
+    Column("dropout", "", "as configured", tasks=TRAIN, layout="model.dropout"),
     Column(
         "bubble_fraction_simulated",
         "",
         "by a simulation of the schedule with the measured durations of each stage's forwards, backwards and "
         "transfers; mean over up to 10 timed steps",
         measured=lambda run: run.bubble_fraction_simulated,
+        inferred=lambda run: _of_passes(run, lambda: run.bubble("prefill", "simulated")),
     ),
     Column(
         "checkpoint_interval",
         "steps",
         "between checkpoints, 0 for none; a point with checkpoints is another one than without",
+        tasks=TRAIN,
         layout="train.checkpoint_interval",
         shown=Shown(("steps per", "checkpoint"), place=SETTING, only_varying=True),
     ),
@@ -499,6 +585,7 @@ COLUMNS = (
         "engine",
         "",
         "what trained",
+        tasks=TRAIN,
         layout="parallel.engine",
         asked=str,
         shown=Shown(("", "engine"), place=SETTING, only_varying=True),
@@ -507,6 +594,7 @@ COLUMNS = (
         "num_chunks",
         "",
         "parts of the model on each stage",
+        tasks=TRAIN,
         layout="parallel.num_chunks",
         asked=int,
         shown=Shown(("chunks", "/stage"), place=STAGES, only_varying=True),
@@ -516,6 +604,7 @@ COLUMNS = (
         "",
         "forward passes done whose backward pass is not, at most, on the stage with most; a pass of one of v chunks "
         "counts 1/v. So many times a stage holds the activations of a micro-batch",
+        tasks=TRAIN,
         layout=lambda config: max(schedule_of(config).most_in_flight),
         shown=Shown(
             ("in", "flight"), "{:.3g}".format, place=STAGES, only_varying=True, among=("pp", "num_micro_batches")
@@ -525,6 +614,7 @@ COLUMNS = (
         "schedule_memory",
         "",
         "limit of micro_batches_in_flight over pp with zb_auto and zb_v",
+        tasks=TRAIN,
         layout="parallel.schedule_memory",
         asked=float,
     ),
@@ -568,6 +658,7 @@ COLUMNS = (
         "objective",
         "",
         "what is predicted: the next token (`causal`) or tokens that were masked (`masked`)",
+        tasks=TRAIN,
         layout="train.objective",
         asked=str,
         shown=Shown(("", "objective"), place=SETTING, only_varying=True),
@@ -576,6 +667,7 @@ COLUMNS = (
         "documents",
         "",
         "how samples are made of documents",
+        tasks=TRAIN,
         layout="data.documents",
         asked=str,
         shown=Shown(("", "documents"), place=SETTING, only_varying=True),
@@ -586,6 +678,224 @@ COLUMNS = (
         "share of the positions of the timed steps that are padding; empty where there can be none",
         measured=lambda run: run.padding_fraction,
         shown=Shown(("padding", "%"), percent, place=SETTING),  # beside tokens per second
+    ),
+    Column(
+        "task",
+        "",
+        "what was run: `train`; `generate`: sequences; `forward`: forward passes alone",
+        layout="task",
+        asked=str,
+        shown=Shown(("", "task"), place=MODEL, only_varying=True, among=()),
+    ),
+    Column(
+        "part",
+        "",
+        "of the model, that was run: all of it (`model`), or one transformer `layer`",
+        layout="model.part",
+        asked=str,
+        shown=Shown(("", "part"), place=MODEL, only_varying=True, among=()),
+    ),
+    Column(
+        "batch_size",
+        "sequences",
+        "that are worked on at a time, at most",
+        tasks=GENERATE,
+        layout="generate.batch_size",
+        asked=int,
+        shown=Shown(("", "batch"), place=LAYOUT),
+    ),
+    Column(
+        "num_groups",
+        "",
+        "of sequences that go round the stages",
+        tasks=GENERATE,
+        layout=_num_groups,
+        shown=Shown(("", "groups"), place=LAYOUT),
+    ),
+    Column(
+        "prompt_length",
+        "tokens",
+        "of each prompt; empty where prompts were given",
+        tasks=GENERATE,
+        layout=lambda config: None if gives_prompts(config) else config.generate.prompt_length,
+        shown=Shown(("prompt", "length"), place=SETTING, only_varying=True, among=()),
+    ),
+    Column(
+        "max_new_tokens",
+        "tokens",
+        "after which a sequence ends",
+        tasks=GENERATE,
+        layout="generate.max_new_tokens",
+        asked=int,
+        shown=Shown(("new", "tokens"), place=SETTING, only_varying=True, among=()),
+    ),
+    Column(
+        "quantization",
+        "",
+        "of weights: `none` or `int8`",
+        tasks=INFERENCE,
+        layout="generate.quantization",
+        asked=str,
+        shown=Shown(("quanti-", "zation"), place=SETTING, only_varying=True, among=()),
+    ),
+    Column(
+        "request_rate",
+        "1/s",
+        "at which requests were offered; empty where they came all at once",
+        tasks=GENERATE,
+        layout="generate.request_rate",
+        asked=float,
+        shown=Shown(("requests", "/s"), scaled(1), place=SETTING, only_varying=True, among=()),
+    ),
+    Column(
+        "generation_seconds",
+        "s",
+        "wall time of a measurement, from the first offer of a request to the last token; prefill and decode added "
+        "where they were measured one after the other; the median of `generate.repeats`",
+        inferred=lambda run: _of_sequences(run, lambda: median(run.seconds)),
+        shown=Shown(("all", "s"), scaled(1, digits=4)),
+    ),
+    Column(
+        "generation_seconds_p10",
+        "s",
+        "10th percentile of the same measurements, of all repeats together",
+        inferred=lambda run: _of_sequences(run, lambda: percentile(10)(run.seconds)),
+        of_all_steps=percentile(10),
+        shown=Shown(("p10-p90", "s"), scaled(1), to="generation_seconds_p90", dispensable=2),
+    ),
+    Column(
+        "generation_seconds_p90",
+        "s",
+        "90th percentile of the same measurements, of all repeats together",
+        inferred=lambda run: _of_sequences(run, lambda: percentile(90)(run.seconds)),
+        of_all_steps=percentile(90),
+    ),
+    Column(
+        "prefill_tokens_per_second",
+        "1/s",
+        "tokens of prompts over the time in which they, and nothing else, were computed; empty where sequences entered "
+        "while others went on",
+        inferred=lambda run: _of_sequences(run, lambda: run.rate("prefill")),
+        repeats=middle_rate,
+        shown=Shown(("prefill", "tok/s"), scaled(1, digits=4)),
+    ),
+    Column(
+        "decode_tokens_per_second",
+        "1/s",
+        "tokens of all sequences after their first ones, over the time in which these, and nothing else, were computed",
+        inferred=lambda run: _of_sequences(run, lambda: run.rate("decode")),
+        repeats=middle_rate,
+        shown=Shown(("decode", "tok/s"), scaled(1, digits=4)),
+    ),
+    Column(
+        "time_to_first_token_seconds",
+        "s",
+        "from the offer of a request to the moment its first token is chosen: the median of all",
+        inferred=lambda run: run.percentile("first_token_seconds", 50),
+        shown=Shown(("first tok", "p50 ms"), scaled(1e3)),
+    ),
+    Column(
+        "time_to_first_token_seconds_p99",
+        "s",
+        "the 99th percentile of the same",
+        inferred=lambda run: run.percentile("first_token_seconds", 99),
+        shown=Shown(("first tok", "p99 ms"), scaled(1e3), dispensable=1),
+    ),
+    Column(
+        "inter_token_seconds_p50",
+        "s",
+        "from one token of a sequence to its next, as they are chosen: the median of all; not from the first to the "
+        "second where prefill and decode were measured one after the other",
+        inferred=lambda run: run.percentile("inter_token_seconds", 50),
+        shown=Shown(("next tok", "p50 ms"), scaled(1e3)),
+    ),
+    Column(
+        "inter_token_seconds_p99",
+        "s",
+        "the 99th percentile of the same",
+        inferred=lambda run: run.percentile("inter_token_seconds", 99),
+        shown=Shown(("next tok", "p99 ms"), scaled(1e3), dispensable=1),
+    ),
+    Column(
+        "queue_seconds_p50",
+        "s",
+        "from the offer of a request to the begin of its first pass: the median of all",
+        inferred=lambda run: run.percentile("queue_seconds", 50),
+        shown=Shown(("queue", "p50 ms"), scaled(1e3), dispensable=2),
+    ),
+    Column(
+        "queue_seconds_p99",
+        "s",
+        "the 99th percentile of the same",
+        inferred=lambda run: run.percentile("queue_seconds", 99),
+        shown=Shown(("queue", "p99 ms"), scaled(1e3), dispensable=2),
+    ),
+    Column(
+        "kv_cache_bytes",
+        "bytes",
+        "of keys and values on the rank with most; result.json has them by rank, beside those that were predicted",
+        inferred=lambda run: _of_sequences(run, lambda: run.kv_cache_bytes),
+        shown=Shown(("KV cache", "MiB"), scaled(2**-20), dispensable=2),
+    ),
+    *(
+        Column(
+            f"{phase}_bubble_fraction_{kind}",
+            "",
+            meaning,
+            tasks=GENERATE,
+            layout=partial(ideal_bubble_of, phase=phase) if kind == "ideal" else None,
+            inferred=None if kind == "ideal" else partial(_bubble_of, phase=phase, kind=kind),
+            shown=NOT_SHOWN if kind == "simulated" else Shown((f"{phase} bubble", f"% {kind}"), percent, dispensable=3),
+        )
+        for phase, what in PHASES.items()
+        for kind, meaning in (
+            ("ideal", f"idle share of equal stages with free transfers while {what} are computed"),
+            ("simulated", "the same with the measured mean durations of stages and transfers"),
+            ("measured", "idle share of the stages, from the first forward's start to the last one's end, median"),
+        )
+    ),
+    Column(
+        "speedup",
+        "",
+        "without training: tokens_per_second over that of the sweep's row of one rank with the same settings but the "
+        "layout (on CPU also with as many threads per rank); known as results.csv is written, empty where there is no "
+        "such row, or requests came at a rate",
+        compared=_times("tokens_per_second"),
+        shown=Shown(("all", "x"), scaled(1), place=COMPARED),
+    ),
+    Column(
+        "efficiency",
+        "",
+        "speedup / world_size",
+        compared=_efficiency,
+        shown=Shown(("efficiency", "%"), percent, place=COMPARED),
+    ),
+    *(
+        Column(name, "", meaning, compared=_times(of, is_rate), shown=Shown(header, scaled(1), place=COMPARED))
+        for name, header, of, is_rate, meaning in (
+            ("prefill_speedup", ("prefill", "x"), "prefill_tokens_per_second", True, "the same of prefill"),
+            ("decode_speedup", ("decode", "x"), "decode_tokens_per_second", True, "the same of decode"),
+            (
+                "time_to_first_token_speedup",
+                ("first tok", "x"),
+                "time_to_first_token_seconds",
+                False,
+                "that of the one rank over time_to_first_token_seconds: how many times sooner",
+            ),
+            (
+                "inter_token_speedup",
+                ("next tok", "x"),
+                "inter_token_seconds_p50",
+                False,
+                "that of the one rank over inter_token_seconds_p50",
+            ),
+        )
+    ),
+    Column(
+        "eval_perplexity_fp32",
+        "",
+        "of a generation with the same weights on the same text in fp32 without quantization, beside eval_perplexity",
+        inferred=lambda run: run.held_out and perplexity(run.held_out.loss_fp32),
     ),
 )
 """In the order of results.csv: people script against names and order, so new ones go to the end."""
@@ -612,8 +922,11 @@ def layout_columns(config: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
             derived.
     """
     if isinstance(config, RunConfig):
-        return {column.name: _known(column.layout, config) for column in COLUMNS if column.layout}
-    asked = {column: _asked_for(column.layout, config) for column in COLUMNS if column.asked}
+        known = [column for column in COLUMNS if config.task in column.tasks]
+        return {column.name: _known(column.layout, config) for column in known if column.layout}
+    task = config.get("task", "train")
+    known = [column for column in COLUMNS if column.asked and task in column.tasks]
+    asked = {column: _asked_for(column.layout, config) for column in known}
     return {column.name: value for column, value in asked.items() if isinstance(value, column.asked or ())}
 
 
@@ -637,9 +950,20 @@ def measured_columns(run: MeasuredRun) -> dict[str, Any]:
     return {column.name: column.measured(run) for column in known if column.measured}
 
 
+def inferred_columns(run: MeasuredInference) -> dict[str, Any]:
+    """Columns that an inference measured: before its first measurement that counts, only what says nothing of it."""
+    known = [column for column in COLUMNS if run.records or column.early]
+    return {column.name: column.inferred(run) for column in known if column.inferred}
+
+
 def attempt_columns(tried: Tried) -> dict[str, Any]:
     """Columns that say what became of an attempt."""
     return {column.name: column.attempt(tried) for column in COLUMNS if column.attempt}
+
+
+def compared_columns(row: Mapping[str, Any], one: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns that compare a row with that of one rank."""
+    return {column.name: column.compared(row, one) for column in COLUMNS if column.compared}
 
 
 def readme_table() -> str:

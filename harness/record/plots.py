@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.spans.accounting import PART_LABELS
-from harness.spans.span import COMPUTE_KINDS, Span
+from harness.spans.span import COMPUTE_KINDS, PHASES, Span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Forward blue and backward green, as pipelines are drawn since arXiv 2104.04473; waiting stays white.
 FILLS = {
     "forward": ("#4f7fd0", "forward"),
+    "prefill": ("#4f7fd0", "prefill"),
+    "decode": ("#3a9d9a", "decode"),
     "backward": ("#63b179", "backward"),
     "backward_input": ("#63b179", "backward of inputs"),
     "backward_weight": ("#9dbb55", "backward of weights"),
@@ -25,17 +30,18 @@ PART_COLOURS = {
     "tp_communication": "#8a63b1", "pp_transfer": "#d0704f", "dp_reduction": FILLS["reduce_gradients"][0],
     "optimizer": FILLS["optimizer"][0], "data": "#7f7f7f", "host_gap": "#c4c4c4", "pp_wait": "#f4f4f4",
 }  # fmt: skip
-INCHES_WIDE, INCHES_PER_RANK = 12.0, 0.5
+INCHES_WIDE, INCHES_PER_RANK, INCHES_OF_AXIS = 12.0, 0.5, 0.55
 LARGEST_FONT, SMALLEST_FONT = 9.0, 5.0
 
 
-def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, title: str) -> None:
-    """Draw one step of a pipeline: a row per rank, a box per forward and backward with its micro-batch number.
+def timeline_picture(panels: Mapping[str, Mapping[int, Sequence[Span]]], path: Path, title: str) -> None:
+    """Draw a step of a pipeline: a row per rank, a box per forward and backward with its micro-batch number.
 
     Passes of a stage's second chunk are lighter than those of its first, and so on.
 
     Args:
-        spans_by_rank: spans of one step, on one clock; rows keep this order, the first on top.
+        panels: by their names, one above the other, each with a time of its own: by rank the spans of one step, or of a
+            part of it, on one clock; rows keep this order, the first on top.
         path: PNG file to write.
         title: one line above the picture.
     """
@@ -43,13 +49,33 @@ def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, ti
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    heights = [INCHES_PER_RANK * len(panel) + INCHES_OF_AXIS for panel in panels.values()]
+    figure = Figure(figsize=(INCHES_WIDE, sum(heights) + 0.55), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    drawn = list(figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0])
+    spans = [
+        span
+        for axes, (name, panel) in zip(drawn, panels.items(), strict=True)
+        for span in _draw_panel(axes, panel, f"{name}, ms" if name else "ms")
+    ]
+    drawn[0].set_title(title, loc="left", size=12, parse_math=False)
+    kinds = {span.kind for span in spans}
+    patches = [Patch(facecolor=colour, label=label) for label, colour in
+               {label: colour for kind, (colour, label) in FILLS.items() if kind in kinds}.items()]  # fmt: skip
+    if any(span.chunk for span in spans):
+        patches.append(Patch(facecolor=_lighter(FILLS["forward"][0], 1), label="lighter: later chunks"))
+    drawn[-1].legend(handles=patches, loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=1.7, ncols=len(patches),
+                     frameon=False, handlelength=1, handleheight=1, columnspacing=1.4)  # fmt: skip
+    figure.savefig(path)
+
+
+def _draw_panel(axes: Axes, spans_by_rank: Mapping[int, Sequence[Span]], time_label: str) -> list[Span]:
+    """Draw the spans that have a colour, and return them."""
     boxes = [(row, span) for row, spans in enumerate(spans_by_rank.values()) for span in spans if span.kind in FILLS]
     origin = min(span.start_ns for _, span in boxes)
     milliseconds = (max(span.end_ns for _, span in boxes) - origin) / 1e6
-    fonts = {kind: _font_size([span for _, span in boxes if span.kind == kind], milliseconds) for kind in COMPUTE_KINDS}
-    figure = Figure(figsize=(INCHES_WIDE, INCHES_PER_RANK * len(spans_by_rank) + 1.1), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    numbered = (*COMPUTE_KINDS, *PHASES)
+    fonts = {kind: _font_size([span for _, span in boxes if span.kind == kind], milliseconds) for kind in numbered}
     for row, span in boxes:
         start, length = (span.start_ns - origin) / 1e6, span.seconds * 1e3
         fill = _lighter(FILLS[span.kind][0], span.chunk)
@@ -57,22 +83,15 @@ def timeline_picture(spans_by_rank: Mapping[int, Sequence[Span]], path: Path, ti
         if fonts.get(span.kind, 0) >= SMALLEST_FONT:
             axes.text(start + length / 2, row, str(span.micro_batch), size=fonts[span.kind], color="white",
                       weight="bold", ha="center", va="center_baseline", clip_on=True)  # fmt: skip
-    axes.set_title(title, loc="left", size=12, parse_math=False)
     axes.set_yticks(range(len(spans_by_rank)), [f"rank {rank}" for rank in spans_by_rank])
     axes.set_ylim(len(spans_by_rank) - 0.5, -0.5)
     axes.set_xlim(0, milliseconds)
-    axes.set_xlabel("ms", loc="left")
+    axes.set_xlabel(time_label, loc="left")
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", colors="#555555")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#999999")
-    legend = {label: colour for kind, (colour, label) in FILLS.items() if any(span.kind == kind for _, span in boxes)}
-    patches = [Patch(facecolor=colour, label=label) for label, colour in legend.items()]
-    if any(span.chunk for _, span in boxes):
-        patches.append(Patch(facecolor=_lighter(FILLS["forward"][0], 1), label="lighter: later chunks"))
-    axes.legend(handles=patches, loc="upper right", bbox_to_anchor=(1, 0), borderaxespad=1.7, ncols=len(patches),
-                frameon=False, handlelength=1, handleheight=1, columnspacing=1.4)  # fmt: skip
-    figure.savefig(path)
+    return [span for _, span in boxes]
 
 
 def accounting_picture(accounting: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

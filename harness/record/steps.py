@@ -113,8 +113,9 @@ def record_of(line: Mapping[str, Any]) -> StepRecord:
     )
 
 
-def timed_step_seconds(attempt: Attempt) -> list[float]:
-    """Seconds of every step after warm-up, as far as metrics.jsonl can be read."""
-    lines = read_jsonl(attempt.metrics_file)
-    warmup_steps = (attempt.raw_config().get("train") or {}).get("warmup_steps", 0)
-    return [line["perf/step_seconds"] for line in lines[warmup_steps:] if "perf/step_seconds" in line]
+def timed_seconds(attempt: Attempt) -> list[float]:
+    """Seconds of every step after warm-up, or of every measurement, as far as metrics.jsonl can be read."""
+    lines, raw = read_jsonl(attempt.metrics_file), attempt.raw_config()
+    key = "perf/step_seconds" if raw.get("task", "train") == "train" else "perf/seconds"
+    warmup_steps = 0 if raw.get("task") == "generate" else (raw.get("train") or {}).get("warmup_steps", 0)
+    return [line[key] for line in lines[warmup_steps:] if key in line]

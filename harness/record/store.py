@@ -228,6 +228,16 @@ class Attempt:
         return self.path / "wandb.json"
 
     @property
+    def generated_file(self) -> Path:
+        """A line per sequence that was generated, in the order they ended."""
+        return self.path / "generated.jsonl"
+
+    @property
+    def stream_file(self) -> Path:
+        """Text of the only sequence, as it comes."""
+        return self.path / "stream.txt"
+
+    @property
     def parity_file(self) -> Path:
         """What the parity check of its layout found."""
         return self.path / "parity.json"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.record.columns import layout_columns
+from harness.record.columns import layout_columns, number
 from harness.record.spread import LARGE_DRIFT
 from harness.spans.accounting import PART_LABELS
 from harness.spec.config import RunConfig
@@ -47,6 +48,77 @@ def print_summary(config: RunConfig, result: dict[str, Any]) -> None:
                 console.print(detail, highlight=False)
     for sentence in result.get("missing", ()):
         console.print(f"missing: {sentence}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+
+
+def print_inference(config: RunConfig, result: dict[str, Any]) -> None:
+    """Print what a run without training measured.
+
+    Args:
+        result: content of result.json.
+    """
+    for line in [*inference_lines(config, result["row"]), *perplexity_lines(config, result)]:
+        print(line, flush=True)
+    cache = result["kv_cache_bytes"]
+    if any(cache["predicted"]):
+        by_rank = ", ".join(f"{size:,}" for size in cache["measured"])
+        verdict = "as predicted" if cache["measured"] == cache["predicted"] else f"predicted {cache['predicted']}"
+        print(f"KV cache    {by_rank} bytes by rank, {verdict}", flush=True)
+
+
+def inference_lines(config: RunConfig, row: Mapping[str, Any]) -> list[str]:
+    """The figures of a run without training in sentences; what is not known is left out."""
+    lines, row = [], {**layout_columns(config), **row}
+
+    def say(name: str, text: str, *needed: str) -> None:
+        if all(row.get(key) is not None for key in needed):
+            lines.append(f"{name:<12}{text.format(**row)}")
+
+    say("latency", "{step_seconds:.4g} s of a forward pass, {tokens_per_second:,.0f} tokens/s", "step_seconds")
+    say("bubble", _bubble_text("bubble_fraction", row), "bubble_fraction_measured")
+    for phase in ("prefill", "decode"):
+        bubble, rate = f"{phase}_bubble_fraction", f"{phase}_tokens_per_second"
+        say(phase, f"{{{rate}:,.1f}} tokens/s, bubble {_bubble_text(bubble, row)}", rate, f"{bubble}_measured")
+    say(
+        "all", "{tokens_per_second:,.1f} tokens/s generated, {generation_seconds:.3g} s from first offer to last token",
+        "generation_seconds",
+    )  # fmt: skip
+    first = _duration(row.get("time_to_first_token_seconds"))
+    say("first token", f"{first} after its request, the median", "time_to_first_token_seconds")
+    half, most = (_duration(row.get(f"inter_token_seconds_{share}")) for share in ("p50", "p99"))
+    say("next token", f"{half} after the one before, 99 % within {most}", "inter_token_seconds_p50")
+    if row.get("oversubscribed"):
+        lines.append("oversubscribed: more ranks x threads than cores, so these times compare only with themselves")
+    return lines
+
+
+def _duration(seconds: float | None) -> str:
+    """In milliseconds below a second."""
+    seconds = seconds or 0.0
+    return f"{number(seconds)} s" if seconds >= 1 else f"{number(1e3 * seconds, 4)} ms"
+
+
+def _bubble_text(bubble: str, row: Mapping[str, Any]) -> str:
+    """The measured one, and beside it what it would be, as far as that is known."""
+    kinds = [kind for kind in ("measured", "simulated", "ideal") if row.get(f"{bubble}_{kind}") is not None]
+    return ", ".join(f"{row[f'{bubble}_{kind}']:z.1%} {kind}" for kind in kinds)
+
+
+def perplexity_lines(config: RunConfig, result: Mapping[str, Any]) -> list[str]:
+    """What rounding does to the perplexity of held-out text, in one sentence; none where it was not measured.
+
+    Args:
+        result: content of result.json.
+    """
+    if (held_out := result.get("held_out")) is None:
+        return []
+    found, exact = (number(result["row"][key], 5) for key in ("eval_perplexity", "eval_perplexity_fp32"))
+    how = [
+        *(["with int8"] if config.generate.quantization == "int8" else []),
+        *([f"in {config.train.precision}"] if config.train.precision != "fp32" else []),
+    ]
+    said = [*([f"{found} {' '.join(how)}"] if how else []), f"{exact} in fp32"]
+    text = f"(held-out: {held_out['num_tokens']:,} tokens of {held_out['source']})"
+    return [f"perplexity  {', '.join(said)} {text}"]
 
 
 def _accounting_table(accounting: list[dict[str, Any]] | None) -> Table | None:

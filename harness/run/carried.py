@@ -22,7 +22,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from harness.checkpoints import META, FileRecord, checksum, read_meta
+from harness.checkpoints import CARRIED, META, FileRecord, checksum, read_meta
 from harness.errors import ConfigError
 from harness.record.store import write_json
 from harness.run.safetensors_files import Entry, stored_bytes, write_safetensors
@@ -39,7 +39,7 @@ from harness.spec.pretrained import (
     sha256_of,
 )
 
-CARRIED, MANIFEST, UNUSED = "transformers", "manifest.json", "unused.safetensors"
+MANIFEST, UNUSED = "manifest.json", "unused.safetensors"
 BEGINNING, BEGAN_FROM = ".beginning", "began_from.json"
 """Folder beside checkpoints with what they all carry along; a file there, which is written last."""
 WEIGHT_SUFFIXES = frozenset(

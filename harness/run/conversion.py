@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from harness.checkpoints import (
+    CARRIED,
     FORMAT,
     META,
     FileRecord,
@@ -44,7 +45,6 @@ from harness.model.groups import TensorParallel
 from harness.model.pretrained import read_part, read_tensor
 from harness.record.store import write_json
 from harness.run.carried import (
-    CARRIED,
     MANIFEST,
     UNUSED,
     FileEntry,

@@ -27,7 +27,9 @@ from harness.record.store import OUT_OF_MEMORY, Attempt, write_json
 from harness.run.instruments.memory import peak_memory_bytes
 from harness.secrets import hide, variables
 
-TASKS = {task: f"harness.run.tasks.{task}" for task in ("train", "verify", "comm_bench", "probe")}
+TASKS = {
+    task: f"harness.run.tasks.{task}" for task in ("train", "generate", "forward", "verify", "comm_bench", "probe")
+}
 """Task -> module with a function of the task's name: (attempt, config, rank) -> None."""
 
 STOPS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -121,10 +123,10 @@ class _UnwatchedRank:
         _call_when_told_to_stop(self._fail)
 
     def run(self) -> NoReturn:
-        """Train, and end."""
+        """Do what is configured, and end."""
         try:
             attempt = self._join()
-            _run(attempt, "train", self._rank)
+            _run(attempt, attempt.config().task, self._rank)
             if self._rank == 0:
                 record(attempt, Outcome("ok"))
                 _finish_run(attempt)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.spans.clock import ClockOffset, to_reference
-from harness.spans.span import STEP, Span
+from harness.spans.span import PHASES, STEP, Span
 from harness.strict_json import dumps
 
 
@@ -28,11 +29,26 @@ class SpanFile(NamedTuple):
 
     def instructions(self, step: int) -> list[Span]:
         """What the rank did in a step."""
-        return [span for span in self.spans if span.step == step and span.kind != STEP]
+        return [span for span in self.spans if span.step == step and span.kind not in (STEP, *PHASES)]
+
+    def phases(self, step: int) -> dict[str, list[Span]]:
+        """What it did in each phase of a step; in one that has no name where the step has no phases."""
+        around = {span.kind: span for span in self.spans if span.step == step and span.kind in PHASES}
+        spans = self.instructions(step)
+        if not around:
+            return {"": spans}
+        return {
+            kind: [span for span in spans if phase.start_ns <= span.start_ns < phase.end_ns]
+            for kind, phase in around.items()
+        }
 
     def step_seconds(self) -> dict[int, float]:
-        """Duration of every step by the clock around it."""
-        return {span.step: span.seconds for span in self.spans if span.kind == STEP}
+        """Duration of every step by the clock around it, or around its phases."""
+        seconds: dict[int, float] = defaultdict(float)
+        for span in self.spans:
+            if span.kind in (STEP, *PHASES):
+                seconds[span.step] += span.seconds
+        return dict(seconds)
 
 
 def span_lines(spans: Iterable[Span]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from harness.spans.files import SpanFile
-from harness.spans.span import STEP, Orders, transfers
+from harness.spans.span import PHASES, STEP, Orders, transfers
 
 
 def chrome_trace(
@@ -36,7 +36,10 @@ def chrome_trace(
     if missing := sorted(chosen.difference(there)):
         held = f"steps {there[0]} to {there[-1]}" if there else "no step"
         raise ValueError(f"there are no spans of step {missing[0]}; the trace holds {held}")
-    files = [file._replace(spans=[s for s in file.spans if s.step in chosen and s.kind != STEP]) for file in ranks]
+    around = (STEP, *PHASES)
+    files = [
+        file._replace(spans=[s for s in file.spans if s.step in chosen and s.kind not in around]) for file in ranks
+    ]
     moments = [moment for file in files for span in file.spans for moment in (span.start_ns, span.end_ns)]
     origin, end = min(moments, default=0), max(moments, default=0)
 

@@ -22,7 +22,11 @@ from typing import Any, NamedTuple
 BACKWARD_KINDS = ("backward", "backward_input", "backward_weight")
 """Whole, or split into the gradients of activations and of weights (arXiv 2401.10241)."""
 COMPUTE_KINDS = ("forward", *BACKWARD_KINDS)
-RECEIVE_OF_SEND = {"send_activation": "recv_activation", "send_gradient": "recv_gradient"}
+RECEIVE_OF_SEND = {
+    "send_activation": "recv_activation",
+    "send_gradient": "recv_gradient",
+    "send_tokens": "recv_tokens",
+}
 SEND_OF_RECEIVE = {receive: send for send, receive in RECEIVE_OF_SEND.items()}
 KINDS = (
     *COMPUTE_KINDS,
@@ -31,6 +35,8 @@ KINDS = (
     "recv_activation",
     "send_gradient",
     "recv_gradient",
+    "send_tokens",
+    "recv_tokens",
     "reduce_tied_gradients",
     "reduce_gradients",
     "optimizer",
@@ -40,6 +46,8 @@ NESTED_KINDS = ("recompute", "tp_all_reduce", "tp_all_gather", "tp_reduce_scatte
 """Inside an instruction: computing activations again in backward, and collectives of tensor parallelism."""
 STEP = "step"
 """Around all instructions of a step, by a clock of its own: what the others must add up to."""
+PHASES = ("prefill", "decode")
+"""The same around a part of a step of inference, after which all ranks meet."""
 
 
 class Span(NamedTuple):
@@ -91,8 +99,11 @@ class Bubble:
     """Mean idle seconds of a stage."""
 
 
-def activity(spans: Iterable[Span]) -> StageActivity:
+def activity(spans: Iterable[Span], learns: bool = True) -> StageActivity:
     """Sum up the compute spans of one rank in one step.
+
+    Args:
+        learns: whether backward passes end it; without, the last forward pass does.
 
     Raises:
         ValueError: no forward or no backward among them, as in the last step of a killed run.
@@ -105,7 +116,7 @@ def activity(spans: Iterable[Span]) -> StageActivity:
             backwards.append(span)
     return StageActivity(
         first_forward_start_ns=min(span.start_ns for span in forwards),
-        last_backward_end_ns=max(span.end_ns for span in backwards),
+        last_backward_end_ns=max(span.end_ns for span in (backwards if learns else forwards)),
         forward_seconds=sum(span.seconds for span in forwards),
         backward_seconds=sum(span.seconds for span in backwards),
     )

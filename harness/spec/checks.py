@@ -12,7 +12,9 @@ from harness.spec.config import EmulatedModel, Model, Parallel, RunConfig
 from harness.spec.deepspeed_keys import check_deepspeed_settings
 from harness.spec.engines import engine_kind
 from harness.spec.families import FAMILIES
+from harness.spec.generation import check_forward, check_generation, gives_prompts
 from harness.spec.initial_weights import check_weights, weights_fingerprint
+from harness.spec.kv_cache import kv_cache_bytes, longest_sequence
 from harness.spec.precision import PRECISIONS
 from harness.spec.schedules import SCHEDULES, check_file, check_sizes, kind_of
 from harness.spec.versions import later_in
@@ -26,12 +28,26 @@ def check(config: RunConfig, machine: Machine) -> None:
     """
     _check_model(config)
     _check_tensor_parallel(config.model, config.parallel)
-    _check_batch(config)
     _check_schedule(config)
     _check_pipeline(config.model, config.parallel)
-    _check_training(config, machine)
-    _check_tracking(config)
+    _check_precision(config, machine)
     _check_devices(config, machine)
+    if config.task == "generate":
+        check_generation(config)
+        _check_cache(config, machine)
+    else:
+        _check_batch(config)
+        _check_steps(config)
+    if config.task == "train":
+        _check_training(config, machine)
+    elif config.generate.quantization == "int8" and machine.device_kind == "cuda":
+        raise ConfigError("generate.quantization=int8 is for CPUs, and ranks here use GPUs; use none")
+    if config.task == "forward":
+        check_forward(config)
+    if config.model.part != "model" and config.task != "forward":
+        raise ConfigError(
+            f"model.part={config.model.part} is measured in forward passes alone; use task=forward, or model.part=model"
+        )
     if config.comm_bench.min_bytes >= config.comm_bench.max_bytes:
         raise ConfigError(
             f"comm_bench.min_bytes={config.comm_bench.min_bytes} is not below "
@@ -76,7 +92,7 @@ def _check_model(config: RunConfig) -> None:
         raise ConfigError(
             f"model.head_dim={model.head_dim} is odd, but rotary positions turn pairs of values; use an even width"
         )
-    if train.sequence_length > model.max_position_embeddings:
+    if config.task != "generate" and train.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"train.sequence_length={train.sequence_length} exceeds "
             f"model.max_position_embeddings={model.max_position_embeddings}; shorten the one or raise the other"
@@ -197,33 +213,54 @@ def _check_schedule(config: RunConfig) -> None:
         )
 
 
-def _check_training(config: RunConfig, machine: Machine) -> None:
+def _check_cache(config: RunConfig, machine: Machine) -> None:
+    """Of random prompts, whose lengths are known; what lies beside it in memory is not counted."""
+    if gives_prompts(config):
+        return
+    settings, tp = config.generate, config.parallel.tp
+    count = min(settings.batch_size, settings.num_requests or settings.batch_size)
+    stages = kv_cache_bytes(config, count, longest_sequence(config, [settings.prompt_length]))
+    needed = sum(stages) * tp if machine.device_kind == "cpu" else max(stages)
+    if needed > machine.memory_bytes:
+        where = "this machine" if machine.device_kind == "cpu" else machine.device_name
+        raise ConfigError(
+            f"the keys and values of generate.batch_size={count} sequences take {needed / 2**30:,.1f} GiB, and {where} "
+            f"has {machine.memory_bytes / 2**30:,.1f}; use a smaller batch, or shorter sequences"
+        )
+
+
+def _check_steps(config: RunConfig) -> None:
     train = config.train
+    last = max(config.tracking.trace_steps, default=0)
+    if last > train.steps:
+        raise ConfigError(
+            f"tracking.trace_steps={config.tracking.trace_steps} names step {last}, but the run ends with "
+            f"train.steps={train.steps}; choose earlier steps or raise train.steps"
+        )
     if train.steps <= train.warmup_steps:
         raise ConfigError(
             f"train.steps={train.steps} leaves nothing to time after train.warmup_steps={train.warmup_steps}; "
             f"use steps {train.warmup_steps + 1} or more"
         )
+
+
+def _check_training(config: RunConfig, machine: Machine) -> None:
+    train = config.train
     if max(train.adam_betas) >= 1:
         raise ConfigError(f"train.adam_betas={train.adam_betas} must be below 1; the usual values are [0.9, 0.95]")
     if machine.device_kind == "cpu" and train.precision == "fp16":
         raise ConfigError("train.precision=fp16 is not supported on CPU by DeepSpeed; use fp32 or bf16")
+    engine_kind(config.parallel.engine).check(config)
+
+
+def _check_precision(config: RunConfig, machine: Machine) -> None:
+    train = config.train
     needed, found = PRECISIONS[train.precision].smallest_compute_capability, machine.compute_capability
     if found is not None and found < needed:
         fits = [name for name, other in PRECISIONS.items() if other.smallest_compute_capability <= found]
         raise ConfigError(
             f"train.precision={train.precision} needs a GPU of compute capability {needed} or above, but "
             f"{machine.device_name} has {found}; use {_or(fits)}"
-        )
-    engine_kind(config.parallel.engine).check(config)
-
-
-def _check_tracking(config: RunConfig) -> None:
-    last = max(config.tracking.trace_steps, default=0)
-    if last > config.train.steps:
-        raise ConfigError(
-            f"tracking.trace_steps={config.tracking.trace_steps} names step {last}, but the run ends with "
-            f"train.steps={config.train.steps}; choose earlier steps or raise train.steps"
         )
 
 
@@ -242,7 +279,7 @@ def _check_devices(config: RunConfig, machine: Machine) -> None:
         )
 
 
-RESERVED_NAMES = frozenset({"runs", "verify", "comm_bench", "probe", "published"})
+RESERVED_NAMES = frozenset({"runs", "verify", "comm_bench", "probe", "generated", "published"})
 """Folders under results_dir that are no sweeps."""
 
 

@@ -128,6 +128,9 @@ class Model(Section):
     """Checkpoint or `save_pretrained` folder to begin from, whose shape takes the place of the chosen one; a run's
     directory stands for its newest checkpoint. null: fresh weights."""
 
+    part: Literal["model", "layer"] = "model"
+    """What is run: all of it, or, with task=forward, one transformer layer alone."""
+
     @property
     def architecture(self) -> Architecture:
         """What its family is."""
@@ -394,6 +397,60 @@ class CommBench(Section):
     """Samples of each size, whose median counts."""
 
 
+class Generate(Section):
+    """What is generated, from what, and how many sequences at a time."""
+
+    prompt: str | None = None
+    """Text to go on from."""
+    prompts_file: str | None = None
+    """File with a prompt per line; one that ends in .jsonl: objects with `prompt`, or with `prompt_tokens`, a list."""
+    output: str | None = None
+    """File for what was generated, an object per line in the order of the prompts."""
+    max_new_tokens: PositiveInt = 64
+    """Tokens after which a sequence ends, if nothing ends it before."""
+    temperature: NonNegativeFloat = 0.0
+    """What scores are divided by before a token is drawn; 0: the token of the highest score."""
+    top_k: NonNegativeInt = 0
+    """Only so many tokens of the highest scores are drawn from; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the fewest tokens whose probabilities make up this are drawn from (arXiv 1904.09751)."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Scores of tokens that the sequence has are divided by this where they are positive, else multiplied
+    (arXiv 1909.05858)."""
+    stop_tokens: list[NonNegativeInt] | None = None
+    """Tokens that end a sequence; null: those that the model's folder or its tokenizer names."""
+    stop_strings: list[str] = Field(default_factory=list)
+    """Texts that end a sequence, which keeps what is before them."""
+    ignore_stop: bool = False
+    """Go on to max_new_tokens, whatever comes: for measuring."""
+    seed: NonNegativeInt = 1234
+    """Draws tokens, prompts where none are given, and the moments of requests."""
+    batch_size: PositiveInt = 8
+    """Sequences that are worked on at a time, each with a place in the cache of keys and values."""
+    prompt_length: PositiveInt = 64
+    """Tokens of each prompt where none are given: random ones, to measure."""
+    num_groups: PositiveInt | None = None
+    """Groups of sequences that go round the stages one after the other, so that all stages work; null: one per stage.
+    """
+    num_requests: PositiveInt | None = None
+    """Random prompts; null: batch_size."""
+    prefill_chunk: PositiveInt | None = None
+    """Tokens of a prompt that a pass takes at most; null: all."""
+    prefill_batch_size: PositiveInt | None = None
+    """Prompts that a pass takes at most; null: all of a group."""
+    block_size: PositiveInt = 16
+    """Positions by which the place of a sequence in the cache grows."""
+    request_rate: PositiveFloat | None = None
+    """Requests per second, offered at random moments (a Poisson process); null: all at once."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8: weights of matrix products are rounded to 8 bits, one scale per output, activations as they come."""
+    repeats: PositiveInt = 3
+    """Measurements of a run, of which the medians count; one more before them doesn't."""
+    perplexity_samples: NonNegativeInt | None = None
+    """Held-out samples of `data` that perplexity is measured on, as configured and in fp32 without quantization; null:
+    8 where quantization or precision round weights that were given, else 0."""
+
+
 class RunConfig(Section):
     """Everything one run depends on."""
 
@@ -406,6 +463,9 @@ class RunConfig(Section):
     launch: Launch
     sweep: Sweep
     comm_bench: CommBench
+    task: Literal["train", "generate", "forward"] = "train"
+    """What is run. forward: forward passes alone, of samples as in training."""
+    generate: Generate = Field(default_factory=Generate)
     results_dir: str
     """Folder of all sweeps and runs (`null` in the configuration: results/ of the repository)."""
     deepspeed: dict[str, Any]

@@ -30,6 +30,8 @@ def identity(config: RunConfig, data_fingerprint: str) -> str:
     excluded: dict[str, Any] = dict.fromkeys(NOT_COMPUTED, True) | {"model": {"name"}}
     if config.train.checkpoint_interval == 0:
         excluded["train"] = {"checkpoint_interval", "keep_checkpoints"}
+    # Of prompts their tokens count, like the tokens of data.
+    excluded["generate"] = True if config.task == "train" else {"prompt", "prompts_file", "output"}
     content = config.model_dump(exclude=excluded, exclude_defaults=True)
     content |= {"data": data_fingerprint, "threads_per_rank": config.launch.threads_per_rank}
     if config.parallel.schedule_passes is not None:  # and the file of a schedule may have another name

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from harness.spec.config import Model, RunConfig
+from harness.spec.config import Generate, Model, RunConfig
+from harness.spec.generation import gives_prompts
 from harness.spec.partition import layers_per_part
 from harness.spec.schedules import check_sizes
 
@@ -14,6 +15,15 @@ SEQUENCE_LENGTH = 20
 VOCAB_SIZE = 60
 MICRO_BATCHES = 4
 MICRO_BATCH_SIZE = 2
+PROMPT_LENGTH = 20
+NEW_TOKENS = 8
+PREFILL_CHUNK = 6
+BLOCK_SIZE = 4
+WINDOW = 6
+"""Of a generation: less than a prompt, as its chunks, and than what the cache holds in a few blocks."""
+ROWS_OF_GROUP = 3
+ENTERING_LATER = 3
+"""Requests more than there are slots."""
 
 
 def twin_of(config: RunConfig) -> RunConfig:
@@ -26,6 +36,10 @@ def twin_of(config: RunConfig) -> RunConfig:
     different values they draw different masks, so it is the same in every layout on average only.
     (`harness.run.tasks.verify` switches it off on GPUs as well.)
     Weights are random also where the model begins from others (`model.weights`), which are of its real size.
+
+    Of a generation it keeps how tokens are chosen, the number of groups, and whether prompts pass in chunks, or fewer
+    at a time than a group has. Prompts are random, and more than have a place at once. Its weights are not quantized:
+    int8 is no rounding error of what one rank computes.
     """
     partition = _twin_partition(config)
     model = _twin_model(config, sum(partition) if isinstance(partition, list) else None)
@@ -36,6 +50,7 @@ def twin_of(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "model": model,
+            "generate": _twin_generation(config) if config.task == "generate" else config.generate,
             "parallel": config.parallel.model_copy(update={"partition": partition}),
             "train": train.model_copy(
                 update={
@@ -63,7 +78,7 @@ def _twin_micro_batches(config: RunConfig) -> int:
 def reductions(config: RunConfig, twin: RunConfig) -> dict[str, tuple[Any, Any]]:
     """What the twin changed: key -> (configured, twin's)."""
     changed: dict[str, tuple[Any, Any]] = {}
-    for section in ("model", "parallel", "train"):
+    for section in ("model", "parallel", "train", "generate"):
         before, after = getattr(config, section).model_dump(), getattr(twin, section).model_dump()
         changed |= {f"{section}.{key}": (before[key], after[key]) for key in before if before[key] != after[key]}
     return changed
@@ -87,16 +102,52 @@ def _twin_model(config: RunConfig, num_layers: int | None) -> Model:
             "head_dim": head_dim,
             "intermediate_size": 3 * width,
             "vocab_size": _like(model.vocab_size, VOCAB_SIZE, tp),
-            "sliding_window": _twin_window(model, config.train.sequence_length),
+            "sliding_window": _twin_window(config),
             "dropout": model.dropout if tp == 1 else 0.0,
             "weights": None,
         }
     )
 
 
-def _twin_window(model: Model, sequence_length: int) -> int | None:
-    """One that hides as large a share of a sample, if it hides any."""
-    window = model.sliding_window
+def _twin_generation(config: RunConfig) -> Generate:
+    """Few short prompts, which need a place as long as the twin's window, or longer."""
+    settings, model = config.generate, config.model
+    count = min(settings.num_groups or config.parallel.pp, settings.batch_size)
+    rows, uneven = divmod(settings.batch_size, count)
+    own_rows = min(rows, ROWS_OF_GROUP)
+    batch_size = count * own_rows + min(uneven, 1)
+    chunk, at_once = settings.prefill_chunk, settings.prefill_batch_size
+    if chunk is not None:
+        has_several = gives_prompts(config) or chunk < settings.prompt_length
+        chunk = min(chunk, PREFILL_CHUNK) if has_several else None
+    if at_once is not None:
+        at_once = min(at_once, batch_size if at_once >= rows else max(1, own_rows - 1))
+    changes: dict[str, Any] = {
+        "prompt": None,
+        "prompts_file": None,
+        "output": None,
+        "prompt_length": max(1, min(settings.prompt_length, PROMPT_LENGTH, model.max_position_embeddings - 1)),
+        "max_new_tokens": min(settings.max_new_tokens, NEW_TOKENS),
+        "batch_size": batch_size,
+        "num_requests": batch_size + ENTERING_LATER,
+        "request_rate": None,
+        "prefill_chunk": chunk,
+        "prefill_batch_size": at_once,
+        "block_size": min(settings.block_size, BLOCK_SIZE),
+        "top_k": min(settings.top_k, _like(model.vocab_size, VOCAB_SIZE, config.parallel.tp) // 2),
+        "stop_tokens": None,
+        "stop_strings": [],
+        "ignore_stop": True,
+        "quantization": "none",
+    }
+    return settings.model_copy(update=changes)
+
+
+def _twin_window(config: RunConfig) -> int | None:
+    """One that hides as large a share of a sample, if it hides any; of a generation some of every longer prompt."""
+    window, sequence_length = config.model.sliding_window, config.train.sequence_length
+    if window is not None and config.task == "generate":
+        return min(window, WINDOW) if window < config.model.max_position_embeddings else window
     if window is None or window >= sequence_length:
         return window
     return max(1, min(window, SEQUENCE_LENGTH * window // sequence_length))

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from harness.run.engines.engine import Engine, Observer
+from harness.model.groups import TensorParallel
+from harness.run.engines.engine import Observer, Observers
 from harness.spans.span import COMPUTE_KINDS, KINDS, Span
 from harness.spec.schedules import Instruction
 
@@ -31,6 +32,13 @@ class Clock(Protocol):
 
     def host_nanoseconds(self, mark: Any) -> int | None:
         """When the host made a mark, which may be long before the device came to it; None: nothing lies between."""
+
+
+class Observed(Protocol):
+    """Whatever executes instructions, an engine for one."""
+
+    observers: Observers
+    tp: TensorParallel
 
 
 class HostClock:
@@ -110,7 +118,7 @@ class Tracer(Observer):
         self._memory: list[tuple[Any, int]] = []
         """Mark after an instruction, bytes in use then."""
 
-    def attach(self, engine: Engine) -> None:
+    def attach(self, engine: Observed) -> None:
         """Observe an engine: those that observe it already are inside the spans."""
         engine.observers.append(self)
         if self._nested:

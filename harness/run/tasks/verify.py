@@ -9,18 +9,20 @@ from harness.machine import detect_machine
 from harness.model.products import IS_ONEDNN_FASTER
 from harness.record.heartbeat import Heart
 from harness.record.store import Attempt, write_json
+from harness.run.inference_parity import check_inference
 from harness.run.parity import Comparison, check_parity, worst_error
 from harness.spec.config import RunConfig
 from harness.spec.twin import reductions, twin_of
 
 
 def verify(attempt: Attempt, config: RunConfig, rank: int) -> None:
-    """Compare the small twin of the configured model with one rank, and write what came of it to result.json."""
+    """Compare what the small twin of a run computes with one rank, and write what came of it to result.json."""
     twin = twin_of(config)
     changes = changes_on(detect_machine().device_kind, config)
     twin = twin.model_copy(update={"model": twin.model.model_copy(update=changes)})
     phase = Heart(attempt.path, rank).phase
-    comparisons = check_parity(twin, rank, phase)
+    check = check_parity if config.task == "train" else check_inference
+    comparisons = check(twin, rank, phase)
     phase("writing the result")
     if rank != 0:
         return

@@ -21,6 +21,9 @@ from harness.spec.placement import Placement
 from harness.spec.schedules import Instruction, Schedule
 from harness.spec.topology import Topology
 
+TRAINED = ("send_activation", "send_gradient")
+"""What stages send each other in training."""
+
 
 class Lane(NamedTuple):
     """Messages of one kind over one boundary between two parts of the model, all in one direction."""
@@ -46,7 +49,7 @@ def tags(placement: Placement) -> dict[Lane, int]:
     for boundary in range(placement.num_parts - 1):
         stages = frozenset({placement.stage_of(boundary), placement.stage_of(boundary + 1)})
         if len(stages) > 1:
-            for kind in RECEIVE_OF_SEND:
+            for kind in TRAINED:
                 found[Lane(kind, boundary)] = taken[stages]
                 taken[stages] += 1
     return found
