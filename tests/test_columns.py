@@ -23,7 +23,7 @@ from harness.record.rows import row
 from harness.record.store import Attempt, SweepDirectory, environment
 from harness.spec.config import REPOSITORY
 
-PUBLISHED = sorted((REPOSITORY / "results/published").iterdir())
+PUBLISHED = sorted(file.parent for file in (REPOSITORY / "results/published").glob("**/results.csv"))
 RUNS = sorted((REPOSITORY / "results/published").glob("**/result.json"))
 
 
@@ -111,13 +111,16 @@ def test_some_runs_are_published() -> None:
     assert len(RUNS) >= 3
 
 
-@pytest.mark.parametrize("campaign", PUBLISHED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "campaign", PUBLISHED, ids=lambda folder: str(folder.relative_to(REPOSITORY / "results/published"))
+)
 def test_published_rows_are_ranked_as_they_were(campaign: Path) -> None:
-    measured = {column.name for column in columns.COLUMNS if column.measured}
+    measured = {column.name for column in columns.COLUMNS if column.measured or column.inferred or column.compared}
+    numbers = measured | {"request_rate", "world_size", "tp", "pp"}
 
     def value(key: str, text: str) -> Any:
         known = {"": None, "True": True, "False": False}
-        return known[text] if text in known else float(text) if key in measured else text
+        return known[text] if text in known else float(text) if key in numbers else text
 
     with (campaign / "results.csv").open() as file:
         rows = [{key: value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
