@@ -105,6 +105,5 @@ def ideal_bubble_of(config: RunConfig, phase: Phase) -> float | None:
         return ideal_decode_bubble(pp, groups, new - 1) if new > 1 else None
     prompts = [settings.prompt_length] * count
     batcher = Batcher(prompts, [1] * count, count, groups, settings.prefill_chunk, settings.prefill_batch_size)
-    batcher.phases = frozenset(["prefill"])
     batcher.offer(range(count))
     return ideal_prefill_bubble(pp, len(ring_schedule(batcher, pp)[1]))

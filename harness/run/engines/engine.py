@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from harness.machine import detect_machine
 from harness.model.context import PassContext
 from harness.model.groups import TensorParallel
 from harness.model.products import use_onednn
@@ -201,6 +202,12 @@ def build_engine(
     module = importlib.import_module(engine_kind(config.parallel.engine).module)
     build: Build = module.build
     return build(config, rank, weights, phase)
+
+
+def device_of_rank() -> torch.device:
+    """The GPU that `initialize_distributed` gave this rank, or the CPU."""
+    on_gpu = detect_machine().device_kind == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def filling(parameters: Iterable[tuple[str, nn.Parameter]], phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:

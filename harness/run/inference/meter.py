@@ -116,4 +116,6 @@ def _bubbles(stages: Sequence[_RankPhase]) -> Bubbles | None:
     schedule = Schedule("ring", len(numbers), Placement(len(stages)), orders)
     spans = [[span._replace(micro_batch=span.micro_batch - first) for span in stage.spans] for stage in stages]
     explained = explain(spans, schedule, has_load=False)
-    return Bubbles(*(max(0.0, bubble.fraction) for bubble in (explained.simulated, explained.measured)))
+    return Bubbles(
+        max(0.0, explained.simulated.fraction), explained.measured.fraction
+    )  # a rounding below 0 of one stage

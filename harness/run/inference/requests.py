@@ -34,7 +34,7 @@ class Requests(NamedTuple):
 
 
 def arrival_seconds(settings: Generate, count: int) -> list[float]:
-    """When each request comes, from the first offer on: all at 0, or at the moments of a Poisson process."""
+    """When each request comes, in seconds from the begin: all at 0, or at the moments of a Poisson process, [count]."""
     if settings.request_rate is None:
         return [0.0] * count
     gaps = np.random.default_rng([settings.seed, 1]).exponential(1 / settings.request_rate, count)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.machine import detect_machine
 from harness.model.assembly import build_steps, describe_layers, part_boundaries
 from harness.model.cache import KeyValueCache
 from harness.model.context import PassContext
@@ -18,18 +17,12 @@ from harness.model.precision import dtype_of
 from harness.model.products import use_onednn
 from harness.model.sampling import Sampler
 from harness.record.heartbeat import Phase, no_phase
-from harness.run.engines.engine import filling
+from harness.run.engines.engine import device_of_rank, filling
 from harness.run.weights import fill_parameters
 from harness.spec.batching import Work
 from harness.spec.config import EmulatedModel, RunConfig
 from harness.spec.kv_cache import cache_shape, longest_sequence
 from harness.spec.partition import layers_per_part
-
-
-def device_of_rank() -> torch.device:
-    """The GPU of this rank, or the CPU."""
-    on_gpu = detect_machine().device_kind == "cuda"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 class Stage:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.machine import detect_machine
 from harness.model.assembly import build_layers
 from harness.model.context import PassContext
 from harness.model.emulated import set_stage
@@ -29,7 +28,7 @@ from harness.model.loss import IGNORE_INDEX
 from harness.record.heartbeat import Phase
 from harness.run.compilation import Compilation, compile_blocks
 from harness.run.data import MicroBatch
-from harness.run.engines.engine import Held, Observers, Progress, filling
+from harness.run.engines.engine import Held, Observers, Progress, device_of_rank, filling
 from harness.run.optimizer import build_optimizer, learning_rate_factor
 from harness.run.shared_memory import transport_of
 from harness.run.weights import fill_parameters
@@ -43,8 +42,7 @@ E = TypeVar("E", bound="TorchEngine")
 
 def build_as(kind: type[E], config: RunConfig, rank: int, weights: Callable[[str], Tensor] | None, phase: Phase) -> E:
     """As `harness.run.engines.engine.build_engine`, an engine of a kind, on this rank's device."""
-    on_gpu = detect_machine().device_kind == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = device_of_rank()
     peak = config.train.learning_rate
     engine = kind(
         config,
